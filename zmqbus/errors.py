@@ -1,0 +1,248 @@
+"""The one tree of errors. Each says whose fault it is, carries the facts as fields, and says what to do."""
+
+from __future__ import annotations
+
+
+class ZmqbusError(Exception):
+    """Base of every error that zmqbus raises on purpose."""
+
+
+# --- the caller's fault ------------------------------------------------------------------------
+
+
+class TopicError(ZmqbusError, ValueError):
+    """A topic or pattern breaks the grammar. `topic` is what was given, `reason` the rule it breaks."""
+
+    def __init__(self, topic: object, reason: str) -> None:
+        super().__init__(f"bad topic {topic!r}: {reason}")
+        self.topic = topic
+        self.reason = reason
+
+
+class UnsupportedValue(ZmqbusError, TypeError):
+    """A value cannot be carried as msgpack. Nothing was published."""
+
+    def __init__(self, value: object, reason: str) -> None:
+        super().__init__(
+            f"cannot publish a value of type {type(value).__name__}: {reason}; "
+            "use str, bytes, numbers, None, lists, dicts, dataclasses or msgspec.Struct"
+        )
+        self.value_type = type(value)
+        self.reason = reason
+
+
+class MessageTooLarge(ZmqbusError, ValueError):
+    """A value is larger than the bus carries. `size` and `limit` are in bytes. Nothing was published."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(f"the message is {size:,} bytes; the limit is {limit:,} bytes: split it")
+        self.size = size
+        self.limit = limit
+
+
+class TooManyStreams(ZmqbusError):
+    """This node has published on more distinct topics than it may keep (`limit`). Nothing was published."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"this node already publishes on {limit:,} topics; put what varies (an id, a time) "
+            "into the value or the headers, not into the topic"
+        )
+        self.limit = limit
+
+
+class NodeClosed(ZmqbusError):
+    """The node or subscription was used after `close()`."""
+
+
+class ForkedProcess(ZmqbusError):
+    """A node was used in a child process after `fork()`: sockets do not survive a fork."""
+
+    def __init__(self) -> None:
+        super().__init__("this node was opened before os.fork(): open a new Node in the child process")
+
+
+class SetupError(ZmqbusError):
+    """A node could not be opened as asked (port in use, no such interface, …); says what to change."""
+
+
+class WhereError(ZmqbusError, ValueError):
+    """A `--where` expression is not one that zmqbus evaluates. `position` is the 0-based character at fault.
+
+    The message shows the expression with a caret under that character.
+    """
+
+    def __init__(self, text: str, position: int, reason: str) -> None:
+        first = max(0, position - 50)  # a window: an expression may be longer than a terminal is wide
+        shown = "".join(c if c.isprintable() else "?" for c in text[first : first + 100])
+        super().__init__(f"bad expression: {reason}\n  {shown}\n  {' ' * (position - first)}^")
+        self.text = text
+        self.position = position
+        self.reason = reason
+
+
+class FormatError(ZmqbusError, ValueError):
+    """A `-F` template is malformed, names a field that messages do not have, or formats one in no possible way."""
+
+    def __init__(self, template: str, reason: str) -> None:
+        super().__init__(f"bad format {template!r}: {reason}")
+        self.template = template
+        self.reason = reason
+
+
+class ParseError(ZmqbusError, ValueError):
+    """A text given on the command line is not the `what` (duration, size, JSON value) it should be."""
+
+    def __init__(self, what: str, text: str, reason: str) -> None:
+        shown = text if len(text) <= 80 else f"{text[:79]}…"
+        super().__init__(f"{shown!r} is not a {what}: {reason}")
+        self.what = what
+        self.text = text
+        self.reason = reason
+
+
+# --- keys and strangers ------------------------------------------------------------------------
+
+
+class AuthError(ZmqbusError):
+    """Keys do not fit, or the security self-test failed. Nothing was sent in clear."""
+
+
+class KeyFileError(AuthError):
+    """A key file is missing, unreadable, malformed, or open to other users. `path` names it."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"key file {path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+# --- the peer's fault --------------------------------------------------------------------------
+
+
+class RemoteProtocolError(ZmqbusError):
+    """A peer sent something that breaks docs/protocol.md. It was dropped; the peer was told where possible."""
+
+
+class DecodeError(ZmqbusError):
+    """One message does not fit the `type=` a subscription asked for. Iteration may be resumed after it."""
+
+    def __init__(self, topic: str, origin: int, seq: int, reason: str) -> None:
+        super().__init__(f"message {topic} {origin:016x}#{seq} does not fit the asked type: {reason}")
+        self.topic = topic
+        self.origin = origin
+        self.seq = seq
+        self.reason = reason
+
+
+# --- nobody's fault: the world -----------------------------------------------------------------
+
+
+class GapError(ZmqbusError):
+    """Raised by a subscription with `on_gap="raise"`: messages `first`..`last` of a stream are not to be had."""
+
+    def __init__(self, topic: str, origin: int, first: int, last: int) -> None:
+        super().__init__(
+            f"lost {last - first + 1:,} message(s) of {topic} from {origin:016x}: #{first} to #{last} are in "
+            "no history that could be reached"
+        )
+        self.topic = topic
+        self.origin = origin
+        self.first = first
+        self.last = last
+
+
+class WaitTimeout(ZmqbusError, TimeoutError):
+    """A `wait_for_…` did not see what it waited for in time. `seen` and `wanted` say how far it came."""
+
+    def __init__(self, what: str, seen: int, wanted: int, timeout: float) -> None:
+        super().__init__(f"waited {timeout:g} s for {wanted} {what}, saw {seen}")
+        self.what = what
+        self.seen = seen
+        self.wanted = wanted
+        self.timeout = timeout
+
+
+# --- the journal -------------------------------------------------------------------------------
+
+
+class JournalError(ZmqbusError):
+    """Base of everything that can be wrong with a journal directory. `directory` names it."""
+
+    directory: str
+
+
+class JournalUnavailable(JournalError):
+    """A journal directory cannot be used as asked (not writable, not a directory, no journal in it)."""
+
+    def __init__(self, directory: object, reason: str) -> None:
+        super().__init__(f"journal {directory}: {reason}")
+        self.directory = str(directory)
+        self.reason = reason
+
+
+class JournalLocked(JournalError):
+    """Another process writes to this journal. `holder` is its process id, where it could be read."""
+
+    def __init__(self, directory: object, holder: int | None) -> None:
+        who = f"process {holder}" if holder else "another process"
+        super().__init__(f"journal {directory} is in use by {who}: stop it, or choose another directory")
+        self.directory = str(directory)
+        self.holder = holder
+
+
+class JournalVersion(JournalError):
+    """A journal was written by a newer zmqbus. `found` and `supported` are format versions. Nothing was touched."""
+
+    def __init__(self, path: object, found: int, supported: int) -> None:
+        super().__init__(
+            f"journal {path} has format version {found}, this zmqbus reads up to {supported}: upgrade zmqbus"
+        )
+        self.directory = str(path)
+        self.found = found
+        self.supported = supported
+
+
+class JournalCorrupt(JournalError):
+    """Bytes that were once safely on disk are damaged. Nothing was delivered from them, nothing was changed.
+
+    `path` names the file, `position` the byte in it, `offset` the first message that is affected (None when
+    not known), `reason` what does not fit.
+    """
+
+    def __init__(self, path: object, position: int, reason: str, offset: int | None = None) -> None:
+        at = f" (message offset {offset})" if offset is not None else ""
+        super().__init__(
+            f"{path} is damaged at byte {position}{at}: {reason}; the disk, or whoever else wrote there, is at "
+            "fault: run `zmqbus journal verify`, then restore a copy or run `zmqbus journal repair`"
+        )
+        self.directory = str(path)
+        self.path = str(path)
+        self.position = position
+        self.reason = reason
+        self.offset = offset
+
+
+class JournalFailed(JournalError):
+    """A file operation failed, so what is on disk is not known. The journal takes no more; restart once mended.
+
+    `operation`, `path` and `errno` say what failed. Nothing is retried: after a failed fsync the kernel
+    forgets which pages it could not write, and a second fsync would report success falsely.
+    """
+
+    def __init__(self, operation: str, path: object, errno: int | None, reason: str) -> None:
+        super().__init__(f"{operation} of {path} failed: {reason}; check the disk, then start again")
+        self.directory = str(path)
+        self.operation = operation
+        self.path = str(path)
+        self.errno = errno
+        self.reason = reason
+
+
+class NoSpace(JournalError):
+    """The journal is full: the disk, or its own limit. Nothing accepted was lost; it resumes when there is room."""
+
+    def __init__(self, directory: object, reason: str) -> None:
+        super().__init__(f"journal {directory} is full: {reason}")
+        self.directory = str(directory)
+        self.reason = reason

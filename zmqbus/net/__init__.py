@@ -1,0 +1,1 @@
+"""Sockets, mDNS, keys and the clock: everything that touches the machine and the network."""

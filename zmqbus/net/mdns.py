@@ -1,0 +1,324 @@
+"""One mDNS session: zeroconf on one set of addresses. The only file that imports zeroconf; judges nothing it hears.
+
+Rules of this file:
+1. Runs on the caller's asyncio loop. No callback is made from inside zeroconf, whose internals an exception or a
+   slow callee would disturb: what it reports is noted, and looked at in the next turn of the loop.
+2. Only the given addresses send, and only packets that arrive by them are heard.
+3. The sending of an announcement takes half a second and is never awaited; every task is kept, and ended by `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from zeroconf import (  # type: ignore[attr-defined]  # public names that its __all__ forgets
+    DNSAddress,
+    DNSPointer,
+    DNSQuestionType,
+    DNSService,
+    DNSText,
+    Error,
+    RecordUpdate,
+    RecordUpdateListener,
+    Zeroconf,
+)
+from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
+
+from zmqbus.net import clock
+from zmqbus.net.interfaces import is_loopback, local_addresses
+
+SERVICE_TYPE = "_zmqbus._tcp.local."
+
+ASKING_MAX = 16  # lookups under way for announcements that came incomplete; the next announcement asks again
+ASK_MS = 3000
+GOODBYE_S = 0.35  # three packets, 125 ms apart; `Discovery.close` promises 0.5 s in all
+DEAF_S = 2.0  # we hear our own announcement within milliseconds, or never
+
+_TYPE_A = 1  # RFC 1035
+_CLASS_IN = 1
+_IP_MULTICAST_ALL = 49  # linux/in.h; the socket module does not name it
+
+
+class Announcement(NamedTuple):
+    """What an instance of our service type says of itself: complete, and not checked in any way."""
+
+    instance: str
+    """Its full name."""
+    port: int
+    addresses: tuple[str, ...]
+    """IPv4, in no order, without those that its latest announcement replaced."""
+    txt: Mapping[bytes, bytes | None]
+    txt_size: int
+    """Bytes of the TXT record."""
+
+
+class Service(NamedTuple):
+    """The service to announce."""
+
+    instance: str
+    """One DNS label, unique in the world: nobody checks for a conflict."""
+    host: str
+    """The same for the host name."""
+    port: int
+    txt: dict[bytes, bytes]
+
+
+class Session:
+    """The sockets, our service, our questions, and the records heard, for as long as the addresses stay the same.
+
+    on_announced(Announcement): an instance announced itself, or did so again, or was remembered by `refresh`.
+    on_goodbye(instance): an instance said goodbye.
+    warn(source, text): trouble that does not end the session; `source` is the same for the same trouble.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        addresses: Sequence[str],
+        *,
+        on_announced: Callable[[Announcement], None],
+        on_goodbye: Callable[[str], None],
+        warn: Callable[[str, str], None],
+    ) -> None:
+        self._info = AsyncServiceInfo(
+            SERVICE_TYPE,
+            f"{service.instance}.{SERVICE_TYPE}",
+            port=service.port,
+            properties=service.txt,
+            server=f"{service.host}.local.",
+            parsed_addresses=list(addresses),
+        )
+        self._addresses = tuple(addresses)
+        self._on_announced = on_announced
+        self._on_goodbye = on_goodbye
+        self._warn = warn
+        self._loop = asyncio.get_running_loop()
+        self._aio: AsyncZeroconf | None = None
+        self._listener = _Listener(self._note)
+        self._browser: AsyncServiceBrowser | None = None
+        self._announcing: asyncio.Future[None] | None = None
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._noted: dict[str, bool] = {}  # instance -> whether it lives; looked at in the next turn of the loop
+        self._announced_at = 0.0
+        self._heard_ourselves = False
+
+    async def open(self) -> None:
+        """Listen, then announce. Raises OSError, with everything closed again, if the network does not allow it."""
+        self._aio = aio = AsyncZeroconf(interfaces=[])  # holds port 5353, has joined no group yet
+        try:
+            await aio.zeroconf.async_wait_for_start()
+            self._confine(aio.zeroconf)
+            await self._join(aio)
+            aio.zeroconf.async_add_listener(self._listener, None)
+            await self._browse(aio, None)
+            # "Cooperating responders" skips probing for name conflicts, which costs a second; UUIDs have none.
+            self._announce(await aio.async_register_service(self._info, cooperating_responders=True))
+        except Error as error:
+            await self.close(goodbye=False)
+            raise OSError(str(error) or type(error).__name__) from error
+        except BaseException:
+            await self.close(goodbye=False)
+            raise
+
+    async def refresh(self) -> None:
+        """Report what is remembered, ask for the rest, announce."""
+        assert self._aio is not None
+        cache = self._aio.zeroconf.cache
+        for pointer in cache.async_entries_with_name(SERVICE_TYPE):
+            if not isinstance(pointer, DNSPointer) or pointer.alias.lower() == self._info.key:
+                continue
+            if self._remembered(pointer.alias) is not None:
+                self._note(pointer.alias, True)
+            else:
+                # Not heard for two minutes, or SRV and A would be here still; the PTR alone lasts an hour. Were
+                # it named as known in our question, its owner would keep silent, so forget it before asking.
+                cache.async_remove_records([pointer])
+        # A new browser asks four times within 14 s, naming what we know, so that only the unknown answer. By
+        # multicast: of several processes on one host, only some one gets a unicast answer.
+        await self._browse(self._aio, DNSQuestionType.QM)
+        self._announce(await self._aio.async_update_service(self._info))
+
+    def is_deaf(self) -> bool:
+        """Whether our last announcement should have come back to us by now, and has not."""
+        return not self._heard_ourselves and clock.now() - self._announced_at > DEAF_S
+
+    async def close(self, *, goodbye: bool) -> None:
+        """Stop, at most GOODBYE_S later. Safe at any stage of `open`, and twice."""
+        aio, self._aio = self._aio, None
+        if aio is None:
+            return
+        try:
+            if self._listener in aio.zeroconf.listeners:
+                aio.zeroconf.async_remove_listener(self._listener)
+            if self._browser is not None:
+                await self._browser.async_cancel()
+            tasks: list[asyncio.Future[None]] = list(self._asking.values())
+            if self._announcing is not None:
+                tasks.append(self._announcing)  # else it would announce us once more after the goodbye
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if goodbye:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(GOODBYE_S):
+                        await aio.async_unregister_all_services()
+        finally:
+            aio.zeroconf.registry.async_remove(self._info)  # what is not registered gets no goodbye
+            await aio.async_close()
+
+    def _confine(self, zeroconf: Zeroconf) -> None:
+        """Hear only what arrives by our addresses.
+
+        Linux gives a socket bound to 0.0.0.0 every multicast group that any process of the host has joined on any
+        interface, and every unicast packet to port 5353. A node on loopback would so hear strangers by way of,
+        say, avahi's membership on eth0, and answer them there.
+        """
+        if sys.platform != "linux":
+            return
+        on_loopback = [address.interface for address in local_addresses() if address.ip in self._addresses]
+        for reader in zeroconf.engine.readers:  # at this point just the listening socket
+            reader.sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
+            if on_loopback and all(map(is_loopback, self._addresses)):
+                try:
+                    reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, on_loopback[0].encode())
+                except PermissionError:  # Linux before 5.7 asks for CAP_NET_RAW
+                    self._warn("confine", "this kernel does not let port 5353 be confined to loopback")
+
+    async def _join(self, aio: AsyncZeroconf) -> None:
+        """Join the multicast group by each address; one that fails does not spoil the others."""
+        joined: list[str] = []
+        for address in self._addresses:
+            try:
+                await aio.async_update_interfaces([*joined, address])
+            except OSError as error:
+                self._warn(address, f"cannot use {address}: {error}")
+            else:
+                joined.append(address)
+        if not aio.zeroconf.engine.senders:
+            raise OSError("no address could join the multicast group")
+
+    async def _browse(self, aio: AsyncZeroconf, question_type: DNSQuestionType | None) -> None:
+        """Ask who is there. The browser only asks: it is silent about repeated announcements, `_Listener` is not."""
+        if self._browser is not None:
+            await self._browser.async_cancel()
+        self._browser = AsyncServiceBrowser(
+            aio.zeroconf, SERVICE_TYPE, handlers=[_ignore], question_type=question_type
+        )
+
+    def _announce(self, sending: Awaitable[None]) -> None:
+        if self._announcing is not None:
+            self._announcing.cancel()
+        self._announcing = asyncio.ensure_future(sending)
+        self._announcing.add_done_callback(self._announced)
+        self._announced_at = clock.now()
+        self._heard_ourselves = False
+
+    def _announced(self, task: asyncio.Future[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._warn("announce", f"announcing failed: {error!r}")
+
+    def _note(self, instance: str, lives: bool) -> None:
+        """Called from inside zeroconf, which stores the records only after this: look in the next turn."""
+        if instance.lower() == self._info.key:
+            self._heard_ourselves = True
+            return
+        if not self._noted:
+            self._loop.call_soon(self._look_at_noted)
+        self._noted[instance] = lives
+
+    def _look_at_noted(self) -> None:
+        noted, self._noted = self._noted, {}
+        for instance, lives in noted.items():
+            if self._aio is None:
+                return
+            if lives:
+                self._look(instance, may_ask=True)
+            else:
+                self._on_goodbye(instance)
+
+    def _look(self, instance: str, *, may_ask: bool) -> None:
+        if (announcement := self._remembered(instance)) is not None:
+            self._on_announced(announcement)
+        elif may_ask and instance not in self._asking and len(self._asking) < ASKING_MAX:
+            self._asking[instance] = self._loop.create_task(self._ask(instance))
+
+    def _remembered(self, instance: str) -> Announcement | None:
+        """What the cache holds of an instance; None while a record is missing."""
+        assert self._aio is not None
+        try:
+            info = AsyncServiceInfo(SERVICE_TYPE, instance)
+        except Error:
+            self._warn(instance, f"ignored the malformed instance name {instance}")
+            return None
+        if not info.load_from_cache(self._aio.zeroconf):
+            return None
+        # A replaced address lingers with a TTL of 1 s, so that load_from_cache still counts it in.
+        records = self._aio.zeroconf.cache.async_all_by_details(info.server or "", _TYPE_A, _CLASS_IN)
+        addresses = [socket.inet_ntoa(a.address) for a in records if isinstance(a, DNSAddress) and a.ttl > 1]
+        return Announcement(info.name, info.port or 0, tuple(addresses), info.properties, len(info.text))
+
+    async def _ask(self, instance: str) -> None:
+        """Ask for the records of an announcement that came incomplete. No answer: no news."""
+        assert self._aio is not None
+        try:
+            with contextlib.suppress(OSError, Error):
+                if await AsyncServiceInfo(SERVICE_TYPE, instance).async_request(self._aio.zeroconf, ASK_MS):
+                    self._look(instance, may_ask=False)
+        finally:
+            del self._asking[instance]
+
+
+class _Listener(RecordUpdateListener):
+    """Tells which instances of our service type the arriving records concern. Runs inside zeroconf: only notes."""
+
+    def __init__(self, note: Callable[[str, bool], None]) -> None:
+        self._note = note
+
+    def async_update_records(self, zc: Zeroconf, now: float, records: list[RecordUpdate]) -> None:
+        for update in records:
+            record = update.new
+            if isinstance(record, DNSPointer):
+                # Every announcement carries one, also when nothing in it is new. A TTL of 0 is a goodbye;
+                # a record that merely ran out says nothing about its node.
+                if record.name.lower() == SERVICE_TYPE and (record.ttl == 0 or not record.is_expired(now)):
+                    self._note(record.alias, record.ttl != 0)
+            elif update.old is not None or record.is_expired(now):
+                continue
+            elif isinstance(record, (DNSService, DNSText)):
+                self._note_ours(record.name)
+            elif isinstance(record, DNSAddress):
+                for service in zc.cache.async_entries_with_server(record.name):
+                    self._note_ours(service.name)
+
+    def _note_ours(self, name: str) -> None:
+        if name.lower().endswith(f".{SERVICE_TYPE}"):
+            self._note(name, True)
+
+
+class LogFunnel(logging.Handler):
+    """Turns what zeroconf only logs, such as packets that cannot be sent, into warnings until `detach`."""
+
+    def __init__(self, warn: Callable[[str, str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._warn = warn
+        self._thread = threading.get_ident()
+        logging.getLogger("zeroconf").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Ours run on the thread of our loop; another zeroconf of this process is not our concern.
+        if threading.get_ident() == self._thread:
+            self._warn(str(record.msg), record.getMessage())
+
+    def detach(self) -> None:
+        logging.getLogger("zeroconf").removeHandler(self)
+
+
+def _ignore(**_event: object) -> None:
+    """A browser insists on having a handler."""

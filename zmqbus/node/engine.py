@@ -1,0 +1,465 @@
+"""The engine of a node: an asyncio loop's worth of control work, written once for both faces.
+
+It opens and closes the sockets, keeps the timers, serves fetches and statistics, and brings subscriptions and peers
+together. No message passes through it: publishing is `publishing.py`, on the caller's thread, receiving is
+`intake.py`, on the consumer's. Unless said otherwise its methods belong to the loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket as system
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from zmqbus.errors import (
+    ForkedProcess,
+    NodeClosed,
+    RemoteProtocolError,
+    SetupError,
+    TopicError,
+    WaitTimeout,
+    ZmqbusError,
+)
+from zmqbus.net.clock import now, time_ns
+from zmqbus.net.discovery import check_bus
+from zmqbus.net.interfaces import is_loopback
+from zmqbus.net.interfaces import resolve_interface
+from zmqbus.net.keys import BusKey
+from zmqbus.net.sockets import SocketFactory, parse_endpoint
+from zmqbus.net.zap import ZapHandler, stranger_is_refused
+from zmqbus.node.events import Event, EventStream, Undelivered, Warned
+from zmqbus.node.intake import Intake
+from zmqbus.node.links import Inbox
+from zmqbus.node.peering import Peering
+from zmqbus.node.publishing import TICK, Outlet
+from zmqbus.protocol import commands
+from zmqbus.protocol.commands import PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
+from zmqbus.protocol.frames import decode_batches
+from zmqbus.protocol.history import HISTORY_BYTES_MAX
+from zmqbus.protocol.membership import Peer
+from zmqbus.protocol.topics import check_pattern, covering_prefixes
+from zmqbus.protocol.tracking import Fetch, Gap
+from zmqbus.node import RELEASE
+
+HEARTBEAT_PERIOD = 1.0
+IDLE_PERIOD = 0.1  # how often to look for streams that fell idle, whose HEAD is due
+REGISTER_TIMEOUT = 3.0  # `subscribe` waits no longer for peers that do not answer
+FETCH_TIMEOUT = 20.0  # after this an answer is of no use to the tracker any more
+PUB_FRAMES = 8192  # until the outlet knows how large frames are
+SUB_FRAMES = 8192
+LINGER_MS = 500  # for what the kernel has not taken yet when a node closes
+TOPICS_PER_STATS = 1000
+FETCH_BYTES = 1024 * 1024  # per answer: large enough to be quick, small enough to share the link
+
+
+class Config(NamedTuple):
+    """What a node was asked to be, checked."""
+
+    name: str
+    bus: str
+    key: BusKey | None
+    interface: str | None
+    peers: tuple[str, ...]
+    mdns: bool
+    history_bytes: int
+
+    @classmethod
+    def make(
+        cls,
+        name: str | None,
+        bus: str,
+        key: str | Path | BusKey | None,
+        interface: str | None,
+        peers: Sequence[str],
+        discovery: str,
+        history_bytes: int | None,
+    ) -> Config:
+        """Check what a user gave.
+
+        Raises:
+            SetupError, KeyFileError
+        """
+        if name is None:
+            name = f"{system.gethostname()}-{os.getpid()}"
+        if not name or len(name) > 255 or not name.isprintable():
+            raise SetupError(f"node name {name!r}: use 1 to 255 printable characters")
+        check_bus(bus)
+        if isinstance(peers, str):
+            raise SetupError(f"peers is a list of endpoints, not one string: peers=[{peers!r}]")
+        for peer in peers:
+            parse_endpoint(peer)
+        if discovery not in ("mdns", "static", "both"):
+            raise SetupError(f"discovery={discovery!r}: use 'mdns', 'static' or 'both'")
+        if key is not None and not isinstance(key, BusKey):
+            key = BusKey.load(key)
+        if interface is not None:
+            interface = resolve_interface(interface)
+        elif key is None:
+            interface = "127.0.0.1"
+        if key is None and interface is not None and not is_loopback(interface):
+            raise SetupError(
+                f"without a bus key a node stays on this machine, not on {interface}: create a key with "
+                "'zmqbus keygen FILE' and pass --key-file/key="
+            )
+        if history_bytes is not None and history_bytes < 0:
+            raise SetupError(f"history_bytes={history_bytes}: use 0 or more")
+        size = HISTORY_BYTES_MAX if history_bytes is None else history_bytes
+        return cls(name, bus, key, interface, tuple(peers), discovery != "static", size)
+
+
+class Engine:
+    """The control side of one node."""
+
+    outlet: Outlet
+    peering: Peering
+
+    def __init__(
+        self, config: Config, loop: asyncio.AbstractEventLoop, in_turns: Callable[[], None] | None = None
+    ) -> None:
+        self.config = config
+        self.origin = secrets.randbits(64) or 1
+        self.endpoints: dict[str, str] = {}
+        self.intakes: dict[int, Intake] = {}
+        self.refusal: ZmqbusError | None = NodeClosed(f"node {config.name!r} is not open")
+        self._loop = loop
+        self._in_turns = in_turns
+        self._factory = SocketFactory(config.key)
+        self._zap: ZapHandler | None = None
+        self._inbox: Inbox | None = None
+        self._streams: list[EventStream] = []
+        self._numbers = 0
+        self._heartbeats = 0
+        self._ticking = False
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._counters = {"warnings": 0, "fetches_served": 0, "fetch_bytes_served": 0}
+
+    # --- life ------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Bind, prove that strangers are refused, and begin to look for peers.
+
+        Raises:
+            SetupError: the sockets cannot be bound.
+            AuthError: the security self-test failed; nothing stays open.
+        """
+        try:
+            await self._open()
+        except BaseException:
+            self._factory.close()
+            raise
+
+    async def _open(self) -> None:
+        config, factory = self.config, self._factory
+        host = config.interface or "0.0.0.0"
+        if config.key is not None:
+            self._zap = ZapHandler(factory, config.key, self._loop)
+        router, pub = factory.router(), factory.pub(PUB_FRAMES)
+        inbox_port = parse_endpoint(factory.bind(router, host))[1]
+        pub_port = parse_endpoint(factory.bind(pub, host))[1]
+        self._own_pub = factory.bind_inproc(pub, f"pub-{self.origin:016x}")
+        self.outlet = Outlet(pub, self.origin, config.history_bytes, self._in_turns)
+        self.outlet.start_ticking = self._start_ticking
+        if config.key is not None:
+            probe = "127.0.0.1" if host == "0.0.0.0" else host
+            await stranger_is_refused(factory, config.key, f"tcp://{probe}:{inbox_port}", "inbox")
+            await stranger_is_refused(factory, config.key, f"tcp://{probe}:{pub_port}", "pub")
+        self.peering = Peering(
+            self,
+            self._loop,
+            factory,
+            origin=self.origin,
+            name=config.name,
+            bus=config.bus,
+            epoch=time_ns(),
+            hostname=system.gethostname(),
+            pid=os.getpid(),
+            release=RELEASE,
+            interface=config.interface,
+            seeds=config.peers,
+            mdns=config.mdns,
+            ports=(inbox_port, pub_port),
+        )
+        self.endpoints = {
+            "inbox": f"tcp://{self.peering.address}:{inbox_port}",
+            "pub": f"tcp://{self.peering.address}:{pub_port}",
+        }
+        self._inbox = Inbox(router, self._loop, self.peering.on_command, self.garbage)
+        self.refusal = None
+        self.peering.start(self._inbox)
+        self._heartbeat()
+        self._announce_idle()
+
+    async def close(self, timeout: float) -> list[Undelivered]:
+        """Leave: drain for at most `timeout` seconds, then close everything."""
+        if self.refusal is not None:
+            return []
+        self.refusal = NodeClosed(f"node {self.config.name!r} is closed")
+        outlet = self.outlet
+        outlet.flush_all()
+        deadline = now() + timeout
+        while not outlet.push() and now() < deadline:
+            await asyncio.sleep(TICK)
+        late = await self.peering.leave(max(0.0, deadline - now()))
+        outlet.refuse(self.refusal)
+        for intake in list(self.intakes.values()):
+            intake.close(self.refusal)
+        for timer in self._timers.values():
+            timer.cancel()
+        await self.peering.close()
+        if self._inbox is not None:
+            self._inbox.close()
+        outlet.close(LINGER_MS)
+        if self._zap is not None:
+            self._zap.close()
+        for stream in list(self._streams):
+            stream.close()
+        await self._loop.run_in_executor(None, self._factory.close)  # waits for the linger
+        return [Undelivered(peer.name, peer.origin) for peer in late]
+
+    def forked(self) -> None:
+        """In a forked child: everything here is the parent's."""
+        self.refusal = ForkedProcess()
+        self.outlet.refuse(self.refusal)
+        for intake in self.intakes.values():
+            intake.close(self.refusal)
+
+    # --- timers ----------------------------------------------------------------------------------
+
+    def _heartbeat(self) -> None:
+        self._timers["heartbeat"] = self._loop.call_later(HEARTBEAT_PERIOD, self._heartbeat)
+        self._heartbeats += 1
+        self.outlet.heartbeat(self._heartbeats)
+
+    def _announce_idle(self) -> None:
+        self._timers["idle"] = self._loop.call_later(IDLE_PERIOD, self._announce_idle)
+        self.outlet.announce_idle()
+
+    def _start_ticking(self) -> None:
+        """From any thread: a burst has begun, or there is a backlog."""
+        self._loop.call_soon_threadsafe(self._tick)
+
+    def _tick(self) -> None:
+        if "tick" in self._timers:
+            self._timers["tick"].cancel()
+        if self.outlet.tick():
+            self._timers.pop("tick", None)
+        else:
+            self._timers["tick"] = self._loop.call_later(TICK, self._tick)
+
+    # --- subscriptions ---------------------------------------------------------------------------
+
+    async def subscribe(
+        self,
+        patterns: Sequence[str],
+        *,
+        value_type: Any,
+        history: int,
+        raise_gaps: bool,
+        wake: Callable[[], None],
+    ) -> Intake:
+        """Open a subscription; done when every known publisher has registered it."""
+        if not patterns:
+            raise TopicError("", "give at least one pattern; '>' is everything")
+        if len(patterns) > PATTERNS_MAX or len(self.intakes) >= SUBSCRIPTIONS_MAX:
+            raise SetupError(
+                f"at most {PATTERNS_MAX} patterns to a subscription, and {SUBSCRIPTIONS_MAX} subscriptions to a node"
+            )
+        for pattern in patterns:
+            check_pattern(pattern)
+        if history < 0:
+            raise SetupError(f"history={history}: use 0 or more")
+        socket = self._factory.sub(SUB_FRAMES)
+        for prefix in covering_prefixes(patterns):
+            socket.subscribe(prefix)
+        self._numbers += 1
+        intake = Intake(
+            self._numbers,
+            patterns,
+            socket,
+            self,
+            self._sources,
+            value_type=value_type,
+            history=history,
+            raise_gaps=raise_gaps,
+            wake=wake,
+        )
+        self.intakes[intake.number] = intake
+        intake.connect(self._factory, self._own_pub)
+        intake.heads(self.origin, self.heads(intake.patterns), more=False)
+        self.peering.declare(intake)
+        await self.peering.until(lambda: self.peering.registered(intake), REGISTER_TIMEOUT)
+        return intake
+
+    async def unsubscribe(self, intake: Intake) -> None:
+        """Close a subscription."""
+        if self.intakes.pop(intake.number, None) is not None:
+            self.peering.withdraw(intake.number)
+        intake.close()
+
+    def _sources(self, topic: str, origin: int) -> Sequence[int]:
+        """Whom to ask for a repair, from any thread."""
+        return (origin,) if origin == self.origin or self.peering.joined(origin) else ()
+
+    # --- what intakes want, from the consumers' threads ------------------------------------------
+
+    def fetch(self, intake: Intake, fetches: Sequence[Fetch]) -> None:
+        """Send these, and tell the intake what comes of it."""
+        self._soon(self._fetch, intake, fetches)
+
+    def _fetch(self, intake: Intake, fetches: Sequence[Fetch]) -> None:
+        for asked in fetches:
+            if asked.source == self.origin:
+                answer = self.outlet.fetch(asked.topic, asked.first, asked.last, FETCH_BYTES)
+                intake.fetched(asked, answer.last, decode_batches(answer.parts))
+                continue
+            link = self.peering.links.get(asked.source)
+            body = commands.Fetch(asked.topic, asked.origin, asked.first, asked.last, FETCH_BYTES)
+            if link is None or not link.ask(body, self._fetched(intake, asked), FETCH_TIMEOUT):
+                intake.refused(asked)
+
+    def _fetched(self, intake: Intake, asked: Fetch) -> Callable[[Command | None], None]:
+        def answered(command: Command | None) -> None:
+            if command is None or not isinstance(command.body, commands.Batches):
+                intake.refused(asked)
+                return
+            try:
+                batches = decode_batches(command.batches)
+            except RemoteProtocolError as error:
+                self.garbage(error)
+                intake.refused(asked)
+                return
+            intake.fetched(asked, command.body.last, batches)
+
+        return answered
+
+    def gap(self, gap: Gap) -> None:
+        """Messages are lost to a subscription."""
+        self.emit(gap)
+
+    def settled(self, intake: Intake, origin: int) -> None:
+        """A subscription has all that a leaving peer owed it."""
+        self._soon(self.peering.settled, intake.number, origin)
+
+    def garbage(self, error: RemoteProtocolError) -> None:
+        """A peer sent something undecodable."""
+        self._counters["warnings"] += 1
+        self.emit(Warned(str(error)))
+
+    def _soon(self, work: Callable[..., object], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(work, *arguments)
+        except RuntimeError:  # the loop is closed: so is the node
+            pass
+
+    # --- what peers want -------------------------------------------------------------------------
+
+    def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
+        """Topic and next seq of our streams that fit."""
+        return self.outlet.heads(patterns)
+
+    def serve(self, identity: bytes, command: Command) -> None:
+        """Commands that are not about peering."""
+        assert self._inbox is not None
+        body = command.body
+        match body:
+            case commands.Fetch():
+                if body.origin != self.origin:
+                    error = commands.Error("origin", f"this node does not keep messages of {body.origin:016x}")
+                    self._inbox.answer(identity, error, command.request)
+                    return
+                held = self.outlet.fetch(body.topic, body.first, body.last, min(body.bytes, FETCH_BYTES))
+                answer = commands.Batches(body.topic, body.origin, body.first, held.last)
+                self._counters["fetches_served"] += 1
+                self._counters["fetch_bytes_served"] += sum(map(len, held.parts))
+                self._inbox.answer(identity, answer, command.request, held.parts)
+            case commands.Stats():
+                topics = self.outlet.topics(body.skip, TOPICS_PER_STATS) if body.topics else []
+                more = len(topics) == TOPICS_PER_STATS
+                statistics: dict[str, int | float | str] = dict(self._statistics())
+                self._inbox.answer(identity, commands.Statistics(statistics, topics, more), command.request)
+            case _:
+                error = commands.Error("unexpected", f"{type(body).__name__} makes no sense here")
+                self._inbox.answer(identity, error, command.request)
+
+    # --- questions -------------------------------------------------------------------------------
+
+    async def peers(self) -> list[Peer]:
+        """The joined peers."""
+        return self.peering.peers()
+
+    async def wait_for_peers(self, n: int, timeout: float | None) -> list[Peer]:
+        """Wait until there are at least `n`."""
+        if not await self.peering.until(lambda: len(self.peering.peers()) >= n, timeout):
+            raise WaitTimeout("peer(s)", len(self.peering.peers()), n, timeout or 0.0)
+        return self.peering.peers()
+
+    async def wait_for_subscribers(self, topic: str, n: int, timeout: float | None) -> int:
+        """Wait until a topic has at least `n` subscriptions."""
+        if not await self.peering.until(lambda: self.peering.subscribers(topic) >= n, timeout):
+            raise WaitTimeout(f"subscriber(s) of {topic}", self.peering.subscribers(topic), n, timeout or 0.0)
+        return self.peering.subscribers(topic)
+
+    async def statistics(self) -> dict[str, int | float]:
+        """Counters since start."""
+        return self._statistics()
+
+    def _statistics(self) -> dict[str, int | float]:
+        outlet = self.outlet
+        trackers = [intake.tracker for intake in self.intakes.values()]
+        return {
+            "peers": len(self.peering.peers()),
+            "subscriptions": len(self.intakes),
+            "streams": len(outlet.publishers),
+            "messages_published": outlet.messages,
+            "frames_sent": outlet.frames,
+            "bytes_published": outlet.bytes,
+            "history_bytes": outlet.history.bytes,
+            "subscriber_stalls": outlet.stalls,
+            "messages_received": sum(intake.messages for intake in self.intakes.values()),
+            "messages_repaired": sum(tracker.repaired for tracker in trackers),
+            "messages_lost": sum(tracker.lost for tracker in trackers),
+            "messages_duplicated": sum(tracker.duplicates for tracker in trackers),
+            **self._counters,
+        }
+
+    async def peer_statistics(self, origin: int, topics: bool, timeout: float) -> list[commands.Statistics]:
+        """What a peer says of itself; with `topics`, also of its streams. Empty when it does not answer."""
+        answers: list[commands.Statistics] = []
+        skip = 0
+        while True:
+            future: asyncio.Future[Command | None] = self._loop.create_future()
+
+            def answered(command: Command | None, future: asyncio.Future[Command | None] = future) -> None:
+                if not future.done():
+                    future.set_result(command)
+
+            link = self.peering.links.get(origin)
+            if link is None or not link.ask(commands.Stats(topics, skip), answered, timeout):
+                return answers
+            command = await future
+            if command is None or not isinstance(command.body, commands.Statistics):
+                return answers
+            answers.append(command.body)
+            skip += len(command.body.topics)
+            if not command.body.more:
+                return answers
+
+    # --- events, from any thread -----------------------------------------------------------------
+
+    def events(self) -> EventStream:
+        """A new listener."""
+        stream = EventStream(self._forget_stream)
+        self._streams = [*self._streams, stream]
+        return stream
+
+    def emit(self, event: Event) -> None:
+        """Tell every listener."""
+        for stream in self._streams:
+            stream.put(event)
+
+    def _forget_stream(self, stream: EventStream) -> None:
+        self._streams = [other for other in self._streams if other is not stream]

@@ -1,0 +1,82 @@
+"""What happens on the bus, as seen by one node: a stream of small values for `node.events()`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from threading import Condition
+from types import TracebackType
+
+import msgspec
+
+from zmqbus.protocol.membership import DuplicateName, PeerJoined, PeerLeft
+from zmqbus.protocol.tracking import Gap
+
+EVENTS_MAX = 10_000  # waiting for one listener; a listener that does not listen loses the oldest
+
+
+class Warned(msgspec.Struct, frozen=True):
+    """Something is wrong that does not stop the node: no mDNS, a peer with another key, undecodable bytes, …"""
+
+    reason: str
+
+
+class Undelivered(msgspec.Struct, frozen=True):
+    """What `close()` could not wait for: a subscriber that had not confirmed everything when time was up."""
+
+    peer: str
+    origin: int
+
+
+Event = PeerJoined | PeerLeft | DuplicateName | Gap | Warned
+
+
+class EventStream:
+    """The events of one node from the call of `events()` on. An iterator; `get` returns None when there is none.
+
+    Bounded: of more than 10,000 unread events the oldest are dropped, and counted in `dropped`.
+    """
+
+    def __init__(self, on_close: Callable[[EventStream], None]) -> None:
+        self.dropped = 0
+        self._events: deque[Event] = deque()
+        self._changed = Condition()
+        self._closed = False
+        self._on_close = on_close
+
+    def put(self, event: Event) -> None:
+        """Called by the node, from any thread."""
+        with self._changed:
+            self._events.append(event)
+            if len(self._events) > EVENTS_MAX:
+                self._events.popleft()
+                self.dropped += 1
+            self._changed.notify_all()
+
+    def get(self, timeout: float | None = None) -> Event | None:
+        """The next event; None when `timeout` seconds have passed, or the stream or its node is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._events or self._closed, timeout)
+            return self._events.popleft() if self._events else None
+
+    def close(self) -> None:
+        """End the stream; what is in it already can still be read."""
+        self._on_close(self)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def __iter__(self) -> EventStream:
+        return self
+
+    def __next__(self) -> Event:
+        event = self.get()
+        if event is None:
+            raise StopIteration
+        return event
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

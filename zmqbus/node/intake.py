@@ -1,0 +1,337 @@
+"""The receiving path: one subscription's socket, drained and tracked by whoever consumes it.
+
+A message's way in: `refill` takes a frame off the SUB socket; if it is simply the next of its stream, as nearly
+always, its values are decoded by one C call and become `items`, an iterator of messages; everything else goes
+through the tracker. No thread of its own, no queue between: the consumer drains when it wants more.
+
+The engine speaks to an intake through `post` (work to be done by the consumer, in order) and `connect`; both end in
+a wake-up, because the socket's FD is edge-triggered and a connect may have swallowed the edge.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, repeat
+from threading import Lock
+from typing import Any, Protocol
+
+import msgspec
+
+from zmqbus.errors import DecodeError, ForkedProcess, GapError, NodeClosed, RemoteProtocolError
+from zmqbus.net.clock import now
+from zmqbus.net.sockets import FD, NOBLOCK, RCVHWM, RCVMORE, Again, Socket, SocketFactory
+from zmqbus.protocol.frames import DATA, EXTERNAL, HEAD, HEADER_BYTES, Batch, ValueDecoder, parse_header
+from zmqbus.protocol.message import Message
+from zmqbus.protocol.tracking import SETTLED, Fetch, Gap, Tracker
+
+RECEIVE_BYTES_MAX = 64 * 1024 * 1024  # queued in the socket
+FRAMES_MIN, FRAMES_MAX = 64, 65_536
+GAPS_KEPT = 1000  # for a report at the end; the count of lost messages goes on
+
+
+class Driver(Protocol):
+    """What an intake needs of its node. Called from the consumer's thread."""
+
+    def fetch(self, intake: Intake, fetches: Sequence[Fetch]) -> None:
+        """Send these, and post the answers."""
+
+    def gap(self, gap: Gap) -> None:
+        """Messages are lost to a subscription."""
+
+    def settled(self, intake: Intake, origin: int) -> None:
+        """All that a leaving origin owed is here, or known to be lost."""
+
+    def garbage(self, error: RemoteProtocolError) -> None:
+        """A peer sent something undecodable."""
+
+
+class Intake:
+    """One subscription's receiving end; `refill` and what is posted run under `lock`."""
+
+    def __init__(
+        self,
+        number: int,
+        patterns: Sequence[str],
+        socket: Socket,
+        driver: Driver,
+        sources: Callable[[str, int], Sequence[int]],
+        *,
+        value_type: Any,
+        history: int,
+        raise_gaps: bool,
+        wake: Callable[[], None],
+    ) -> None:
+        self.number = number
+        self.patterns = list(patterns)
+        self.socket = socket
+        self.lock = Lock()
+        self.items: Iterator[Message] = iter(())
+        """Messages decoded and not yet consumed; may be advanced without the lock."""
+        self.gaps: deque[Gap] = deque(maxlen=GAPS_KEPT)
+        self.messages = 0
+        self.closed: Exception | None = None
+        self.tracker = Tracker(patterns, sources, history=history)
+        self.wake = wake
+        self._driver = driver
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._decoder = ValueDecoder(value_type)
+        self._raise_gaps = raise_gaps
+        self._leaving: set[int] = set()
+        self._frames = self._bytes = self._frames_max = 0
+
+    # --- the engine's side -----------------------------------------------------------------------
+
+    @property
+    def fd(self) -> int:
+        """Readable when something may have arrived; edge-triggered."""
+        return int(self.socket.get(FD))
+
+    def connect(self, factory: SocketFactory, endpoint: str) -> None:
+        """Receive from one more PUB."""
+        with self.lock:
+            if self.closed is None:
+                factory.connect(self.socket, endpoint)
+        self.wake()
+
+    def disconnect(self, factory: SocketFactory, endpoint: str) -> None:
+        """No longer receive from a PUB."""
+        with self.lock:
+            if self.closed is None:
+                factory.disconnect(self.socket, endpoint)
+        self.wake()
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Have the consumer do this before it looks at the socket again."""
+        self._inbox.append(work)
+        self.wake()
+
+    def heads(self, origin: int, heads: list[tuple[bytes, int]], more: bool) -> None:
+        """HEADS arrived. Done here and now: `subscribe` waits for it, and the consumer may not be there yet."""
+        with self.lock:
+            self.tracker.heads(origin, heads, more, now())
+        self.wake()
+
+    def fetched(self, asked: Fetch, last: int, batches: Sequence[Batch]) -> None:
+        """BATCHES arrived."""
+        self.post(lambda: self.tracker.fetched(asked, last, batches, now()))
+
+    def refused(self, asked: Fetch) -> None:
+        """A Fetch came to nothing."""
+        self.post(lambda: self.tracker.refused(asked, now()))
+
+    def sources_changed(self) -> None:
+        """A node that may be asked for repairs has come (back)."""
+        self.post(lambda: self.tracker.sources_changed(now()))
+
+    def origin_leaving(self, origin: int) -> None:
+        """A publisher said BYE, and will answer fetches until told that all is settled."""
+        self.post(lambda: self._leaving.add(origin))
+
+    def origin_gone(self, origin: int) -> None:
+        """A publisher is no longer there to be asked."""
+        self.post(lambda: self.tracker.origin_gone(origin, now()))
+
+    def forget(self, origin: int) -> None:
+        """A publisher will not come back."""
+        self.post(lambda: self.tracker.forget(origin))
+
+    def close(self, reason: Exception | None = None) -> None:
+        """No more messages. What is decoded already can still be consumed."""
+        forked = isinstance(reason, ForkedProcess)
+        if forked:
+            self.lock = Lock()
+            self.items = iter(())
+        with self.lock:
+            if self.closed is None:
+                self.closed = reason or NodeClosed("the subscription is closed")
+                if not forked:
+                    self.socket.close(0)
+        if not forked:
+            self.wake()
+
+    # --- the consumer's side ---------------------------------------------------------------------
+
+    def refill(self) -> bool:
+        """Put the next messages into `items`. False: there are none now; wait until `timer` or a wake-up.
+
+        Under the lock, and only when `items` is exhausted.
+
+        Raises:
+            GapError: messages are lost, and the subscription is to raise then.
+        """
+        if self.closed is not None:
+            return False
+        ready = self.tracker.ready
+        streams = self.tracker.streams
+        recv = self.socket.recv
+        while True:
+            if self._inbox:
+                self._work()
+            if ready:
+                if self._take_ready():
+                    return True
+                continue
+            try:
+                frame: bytes = recv(NOBLOCK)
+            except Again:
+                if self._drained():
+                    continue
+                return False
+            try:
+                cut, kind, flags, size, origin, first, time_ns = parse_header(frame)
+                if kind == DATA:
+                    parts = (frame,) if not flags & EXTERNAL else (frame, self._external())
+                    self._measure(parts)
+                    key = (frame[:cut], origin)
+                    stream = streams.get(key)
+                    if stream is not None and stream.place == SETTLED and stream.next == first:
+                        stream.next = stream.target = first + size
+                        if self._decode(stream.topic, parts, cut, flags, size, origin, first, time_ns):
+                            return True
+                        continue
+                    if stream is not None or key not in streams:
+                        self.tracker.observe(Batch(key[0], flags, size, origin, first, time_ns, parts), now())
+                        self._repair(drained=False)
+                elif kind == HEAD:
+                    self.tracker.observe_head(frame[:cut], origin, first, now())
+                    self._repair(drained=False)
+            except RemoteProtocolError as error:
+                self._driver.garbage(error)
+
+    def state(self) -> str:
+        """For people."""
+        tracker = self.tracker
+        return (
+            f"{self.messages} received, {tracker.repaired} repaired, {tracker.lost} lost"
+            f"{', closed' if self.closed is not None else ''}"
+        )
+
+    def timer(self) -> float | None:
+        """When to call `refill` again even if nothing arrives."""
+        return self.tracker.timer()
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+        self._repair(drained=False)
+
+    def _drained(self) -> bool:
+        """The socket is empty. Returns whether there is more to do nevertheless."""
+        self._repair(drained=True)
+        if self._leaving:
+            for origin in [origin for origin in self._leaving if not self.tracker.behind(origin)]:
+                self._leaving.discard(origin)
+                self._driver.settled(self, origin)
+        return bool(self.tracker.ready or self._inbox)
+
+    def _repair(self, drained: bool) -> None:
+        fetches = self.tracker.repairs(now(), drained)
+        if fetches:
+            self._driver.fetch(self, fetches)
+
+    def _take_ready(self) -> bool:
+        item = self.tracker.ready.popleft()
+        if isinstance(item, Gap):
+            return self._lost(item)
+        stream, batch, skip = item
+        return self._decode_batch(stream.topic, batch, skip)
+
+    def _lost(self, gap: Gap) -> bool:
+        self.gaps.append(gap)
+        self._driver.gap(gap)
+        if self._raise_gaps:
+            raise GapError(gap.topic, gap.origin, gap.first, gap.last)
+        return False
+
+    def _decode(
+        self, topic: str, parts: tuple[bytes, ...], cut: int, flags: int, size: int, origin: int, first: int, time: int
+    ) -> bool:
+        """The ordinary batch, without making a Batch of it. Returns whether there are `items`."""
+        if not flags:
+            try:
+                values = self._decoder.plain(memoryview(parts[0])[cut + 1 + HEADER_BYTES :])
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                values = []
+            if len(values) == size:
+                self.messages += size
+                self.items = map(Message, repeat(topic), values, count(first), repeat(origin), repeat(time / 1e9))
+                return True
+        return self._decode_batch(topic, Batch(parts[0][:cut], flags, size, origin, first, time, parts), 0)
+
+    def _decode_batch(self, topic: str, batch: Batch, skip: int) -> bool:
+        try:
+            try:
+                values, headers = self._decoder.decode(batch)
+            except msgspec.ValidationError:
+                values, headers = self._decoder.decode_each(batch)
+                self.messages += batch.count - skip
+                self.items = _Checked(topic, batch, values, headers, skip)
+                return True
+        except RemoteProtocolError as error:
+            self._driver.garbage(error)
+            self.tracker.lost += batch.count - skip
+            return self._lost(Gap(topic, batch.origin, batch.first + skip, batch.end - 1))
+        if skip:
+            values = values[skip:]
+            headers = headers and headers[skip:]
+        self.messages += len(values)
+        self.items = map(
+            Message,
+            repeat(topic),
+            values,
+            count(batch.first + skip),
+            repeat(batch.origin),
+            repeat(batch.time_ns / 1e9),
+            repeat(None) if headers is None else headers,
+        )
+        return True
+
+    def _external(self) -> bytes:
+        if not self.socket.get(RCVMORE):
+            raise RemoteProtocolError("frame: the external value is missing")
+        value: bytes = self.socket.recv(NOBLOCK)
+        return value
+
+    def _measure(self, parts: tuple[bytes, ...]) -> None:
+        """Turn the byte budget into the socket's limit, which counts frames."""
+        self._frames += 1
+        self._bytes += len(parts[-1])
+        if not self._frames & 0xFF:
+            mean = self._bytes // self._frames + 256
+            wanted = max(FRAMES_MIN, min(FRAMES_MAX, RECEIVE_BYTES_MAX // mean))
+            self._frames = self._bytes = 0
+            if not self._frames_max // 2 < wanted <= self._frames_max:
+                self._frames_max = wanted
+                self.socket.set(RCVHWM, wanted)
+
+
+class _Checked:
+    """Messages of a batch in which some values do not fit the type: those raise, in their place."""
+
+    def __init__(
+        self,
+        topic: str,
+        batch: Batch,
+        values: list[Any],
+        headers: list[dict[str, Any] | None] | None,
+        skip: int,
+    ) -> None:
+        self._topic, self._batch, self._values, self._headers = topic, batch, values, headers
+        self._place = skip
+
+    def __iter__(self) -> Iterator[Message]:
+        return self
+
+    def __next__(self) -> Message:
+        place, batch = self._place, self._batch
+        if place >= len(self._values):
+            raise StopIteration
+        self._place += 1
+        value = self._values[place]
+        if isinstance(value, msgspec.ValidationError):
+            raise DecodeError(self._topic, batch.origin, batch.first + place, str(value))
+        headers = self._headers[place] if self._headers is not None else None
+        return Message(self._topic, value, batch.first + place, batch.origin, batch.time_ns / 1e9, headers)

@@ -1,0 +1,364 @@
+"""The synchronous face: `Node` and what it hands out.
+
+The engine runs on one background thread; publishing and consuming happen on the caller's own thread, on sockets that
+the engine only connects. Calls that concern the bus as a whole (subscribing, peers, waiting) are carried out by the
+engine's thread while the caller waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import threading
+import weakref
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from zmqbus.errors import ForkedProcess, NodeClosed
+from zmqbus.net.clock import now
+from zmqbus.net.keys import BusKey
+from zmqbus.net.waker import Waker
+from zmqbus.node.engine import Config, Engine
+from zmqbus.node.events import EventStream, Undelivered
+from zmqbus.node.intake import Intake
+from zmqbus.node.publishing import Publisher
+from zmqbus.protocol.membership import Peer
+from zmqbus.protocol.message import Message
+from zmqbus.protocol.tracking import Gap
+
+T = TypeVar("T")
+CLOSE_TIMEOUT = 2.0
+_nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+
+
+class Subscription:
+    """Messages of the topics that fit, live, with gaps repaired. An iterator and a context manager.
+
+    Any thread may consume it; several share its messages.
+    """
+
+    def __init__(self, node: Node, patterns: Sequence[str], value_type: Any, history: int, on_gap: str) -> None:
+        self._node = node
+        self._waker = Waker()
+        self._intake: Intake = node._call(
+            node._engine.subscribe(
+                patterns, value_type=value_type, history=history, raise_gaps=on_gap == "raise", wake=self._waker.wake
+            )
+        )
+        self._poll = select.poll()
+        self._poll.register(self._intake.fd, select.POLLIN)
+        self._poll.register(self._waker.fd, select.POLLIN)
+
+    def get(self, timeout: float | None = None) -> Message | None:
+        """The next message; None when none came within `timeout` seconds (0: only what is here), or on `close()`.
+
+        Raises:
+            GapError: messages are lost, and the subscription was made with `on_gap="raise"`.
+            DecodeError: this message does not fit `type`; the next call goes on behind it.
+            NodeClosed: the subscription was closed before this call.
+        """
+        for message in self._intake.items:
+            return message
+        if self._intake.closed is not None:
+            raise self._intake.closed
+        deadline = None if timeout is None else now() + timeout
+        while self._refill(deadline):
+            for message in self._intake.items:
+                return message
+        return None
+
+    def __iter__(self) -> Iterator[Message]:
+        while True:
+            yield from self._intake.items
+            if not self._refill(None):
+                return
+
+    def __next__(self) -> Message:
+        message = self.get()
+        if message is None:
+            raise StopIteration
+        return message
+
+    def _refill(self, deadline: float | None) -> bool:
+        """Wait for messages. False: the deadline has passed, or the subscription is closed."""
+        intake, waker = self._intake, self._waker
+        while True:
+            waker.clear()
+            with intake.lock:
+                if intake.refill():
+                    return True
+            if intake.closed is not None:
+                if isinstance(intake.closed, ForkedProcess):
+                    raise intake.closed
+                return False
+            due = intake.timer()
+            if deadline is not None and (due is None or deadline < due):
+                due = deadline
+            wait = None if due is None else due - now()
+            if wait is not None and wait <= 0:
+                if deadline is not None and now() >= deadline:
+                    return False
+                wait = 0.001
+            self._poll.poll(None if wait is None else wait * 1000)
+
+    @property
+    def lost(self) -> int:
+        """Messages that are in no history that could be reached; the ranges are in `gaps`."""
+        return self._intake.tracker.lost
+
+    @property
+    def repaired(self) -> int:
+        """Messages that the live path missed and that were fetched."""
+        return self._intake.tracker.repaired
+
+    @property
+    def gaps(self) -> list[Gap]:
+        """What was lost, exactly; the last 1000 ranges."""
+        return list(self._intake.gaps)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What was subscribed to."""
+        return tuple(self._intake.patterns)
+
+    def close(self) -> None:
+        """Stop receiving. Messages that were received but not consumed are dropped. May be called twice."""
+        self._node._unsubscribe(self._intake)
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Subscription {' '.join(self.patterns)} of {self._node.name}: {self._intake.state()}>"
+
+
+class Node:
+    """One participant of a bus: publishes, subscribes, and finds the others by itself.
+
+    Args:
+        name: for people; default is the host's name and the process id. Need not be unique.
+        bus: nodes see only nodes of the same bus.
+        key: a bus key, or the path of its file. Without one the node stays on this machine.
+        interface: with a key, the address or name of the network interface to use; default: all.
+        peers: inboxes of nodes to join, "tcp://host:port"; one that can be reached is enough to find the rest.
+        discovery: "mdns", "static" (only `peers` and whom they know), or "both".
+        history_bytes: how much of what was published is kept in memory for repairs.
+
+    Raises:
+        SetupError: it cannot be opened as asked; says what to change.
+        KeyFileError, AuthError: the key cannot be used.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        bus: str = "default",
+        key: str | Path | BusKey | None = None,
+        interface: str | None = None,
+        peers: Sequence[str] = (),
+        discovery: Literal["mdns", "static", "both"] = "both",
+        history_bytes: int | None = None,
+    ) -> None:
+        config = Config.make(name, bus, key, interface, peers, discovery, history_bytes)
+        self._closed = True  # until it is open
+        self._loop = asyncio.new_event_loop()
+        self._engine = Engine(config, self._loop)
+        self._thread = threading.Thread(target=self._run, name=f"zmqbus {config.name}", daemon=True)
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._engine.open(), self._loop).result()
+        except BaseException:
+            self._stop(0.0)
+            raise
+        self._closed = False
+        self._publishers = self._engine.outlet.publishers
+        _nodes.add(self)
+
+    # --- publish ---------------------------------------------------------------------------------
+
+    def publish(self, topic: str, value: object, *, headers: dict[str, Any] | None = None) -> int:
+        """Send a value to every subscriber of a topic; returns its seq: 1, 2, 3 … for each topic of this node.
+
+        At low rates it is sent at once; in a burst, messages gather for at most about a millisecond.
+
+        Raises:
+            TopicError: the topic breaks the grammar.
+            UnsupportedValue: the value, or a header, cannot be carried by msgpack; names the type.
+            MessageTooLarge: it is larger than 64 MiB.
+            TooManyStreams: this node publishes on 100,000 topics already.
+            NodeClosed: the node has been closed.
+        """
+        return (self._publishers.get(topic) or self._engine.outlet.publisher(topic)).send(value, headers)
+
+    def publisher(self, topic: str) -> Publisher:
+        """A topic made ready for hot loops: `send(value)` is `publish(topic, value)` without the look-up."""
+        return self._engine.outlet.publisher(topic)
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Send at once what a burst is gathering, and wait until the socket has taken all of it."""
+        self._engine.outlet.flush_all()
+        self._engine.outlet.make_room()
+
+    # --- subscribe -------------------------------------------------------------------------------
+
+    def subscribe(
+        self,
+        *patterns: str,
+        type: Any = None,
+        history: int = 0,
+        on_gap: Literal["skip", "raise"] = "skip",
+    ) -> Subscription:
+        """Receive every message whose topic fits a pattern: `*` is one token, a final `>` one or more.
+
+        Returns when every known publisher has registered it: what they publish from then on is owed.
+
+        Args:
+            type: decode values into this type (a msgspec.Struct, dataclass, TypedDict, list[int], …).
+            history: of each stream also deliver the last so many messages, as far as publishers still hold them.
+            on_gap: when messages cannot be repaired, "skip" them (see `lost`, `gaps`, `events()`) or "raise" GapError.
+
+        Raises:
+            TopicError: a pattern breaks the grammar.
+        """
+        return Subscription(self, patterns, type, history, on_gap)
+
+    def _unsubscribe(self, intake: Intake) -> None:
+        if intake.closed is None and not self._closed:
+            try:
+                self._call(self._engine.unsubscribe(intake))
+            except NodeClosed:
+                pass
+
+    # --- the bus ---------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self._engine.config.name
+
+    @property
+    def origin(self) -> int:
+        """The random 64-bit id of this node, new at every start."""
+        return self._engine.origin
+
+    @property
+    def endpoints(self) -> dict[str, str]:
+        """Where this node can be reached: {"inbox": "tcp://…", "pub": "tcp://…"}."""
+        return dict(self._engine.endpoints)
+
+    def peers(self) -> list[Peer]:
+        """The other nodes that are on the bus now."""
+        return self._call(self._engine.peers())
+
+    def wait_for_peers(self, n: int = 1, timeout: float | None = None) -> list[Peer]:
+        """Wait until at least `n` other nodes are there.
+
+        Raises:
+            WaitTimeout: they were not within `timeout` seconds.
+        """
+        return self._call(self._engine.wait_for_peers(n, timeout))
+
+    def wait_for_subscribers(self, topic: str, n: int = 1, timeout: float | None = None) -> int:
+        """Wait until `topic` has at least `n` subscriptions; returns how many. What is published next is owed to them.
+
+        Raises:
+            WaitTimeout: it had not within `timeout` seconds.
+        """
+        return self._call(self._engine.wait_for_subscribers(topic, n, timeout))
+
+    def events(self) -> EventStream:
+        """What happens from now on: PeerJoined, PeerLeft, DuplicateName, Gap, Warned."""
+        return self._engine.events()
+
+    def statistics(self) -> dict[str, int | float]:
+        """Counters since start, by name."""
+        return self._call(self._engine.statistics())
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def close(self, timeout: float = CLOSE_TIMEOUT) -> list[Undelivered]:
+        """Leave the bus: send what is gathered, and answer repairs until every subscriber has all, or `timeout` is over.
+
+        Returns the subscribers that had not confirmed everything by then. May be called twice.
+        """
+        if self._closed:
+            return []
+        self._closed = True
+        _nodes.discard(self)
+        return self._stop(timeout)
+
+    def _stop(self, timeout: float) -> list[Undelivered]:
+        undelivered: list[Undelivered] = []
+        if self._thread.is_alive():
+            future = asyncio.run_coroutine_threadsafe(self._engine.close(timeout), self._loop)
+            try:
+                undelivered = future.result(timeout + 5)
+            finally:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join(5)
+        return undelivered
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            import warnings
+
+            warnings.warn(f"node {self.name!r} was not closed", ResourceWarning, stacklevel=2, source=self)
+
+    def __repr__(self) -> str:
+        return f"<Node {self.name} {self.origin:016x} on bus {self._engine.config.bus}{' closed' * self._closed}>"
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Have the engine's thread do this, and wait."""
+        refusal = self._engine.refusal
+        if refusal is None and self._closed:
+            refusal = NodeClosed(f"node {self.name!r} is closed")
+        if refusal is not None:
+            work.close()
+            raise refusal
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _forked(self) -> None:
+        """In a forked child: the engine's thread is not there, and the sockets belong to the parent."""
+        self._closed = True
+        self._engine.forked()
+
+
+def _after_fork() -> None:
+    for node in list(_nodes):
+        node._forked()
+    _nodes.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

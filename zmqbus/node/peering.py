@@ -1,0 +1,651 @@
+"""Who is there and how to reach them: HELLO, WELCOME and BYE, links, heartbeats, and who wants what.
+
+The decisions are `Membership`'s; this performs them with sockets. All of it runs on the engine's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from zmqbus.errors import RemoteProtocolError, SetupError
+from zmqbus.net.adapter import FdWatch
+from zmqbus.net.clock import now
+from zmqbus.net.discovery import Discovery, Found
+from zmqbus.net.interfaces import AddressWatch, best_candidate
+from zmqbus.net.sockets import NOBLOCK, Again, SocketFactory, parse_endpoint
+from zmqbus.node.events import Event, Warned
+from zmqbus.node.intake import Intake
+from zmqbus.node.links import Inbox, Link
+from zmqbus.protocol import commands
+from zmqbus.protocol.commands import HEADS_PER_COMMAND, PEERS_PER_HELLO, Body, Command, Hello, Welcome
+from zmqbus.protocol.frames import HEARTBEAT, HEARTBEAT_PREFIX, VERSION, parse_header
+from zmqbus.protocol.membership import (
+    Dial,
+    DuplicateName,
+    Forget,
+    Greet,
+    HangUp,
+    Membership,
+    Output,
+    Peer,
+    PeerChanged,
+    PeerJoined,
+    PeerLeft,
+    State,
+)
+from zmqbus.protocol.topics import Matcher
+
+HELLO_TIMEOUT = 10.0
+ASK_AGAIN = 1.0  # seconds after which an unanswered SUBSCRIBE is repeated
+HEARTBEATS_MAX = 100_000  # unread frames on the control SUB: 4096 peers for 24 s
+ADDRESS_POLL = 2.0
+REFRESH_MIN, REFRESH_MAX = 30.0, 60.0  # how often to announce and browse anew
+REFRESH_SOON = 2.0  # after a peer fell silent
+LEAVE_PATIENCE = 5.0  # a leaving peer waits no longer than this for our subscriptions to have all
+
+
+class Host(Protocol):
+    """What peering needs of its engine."""
+
+    intakes: dict[int, Intake]
+
+    def emit(self, event: Event) -> None:
+        """Something happened."""
+
+    def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
+        """Topic and next seq of our own streams that fit."""
+
+    def serve(self, identity: bytes, command: Command) -> None:
+        """A command that is not about peering."""
+
+
+class Interest:
+    """What one peer subscribed to here."""
+
+    def __init__(self) -> None:
+        self.subscriptions: dict[int, tuple[list[str], Matcher]] = {}
+
+    def put(self, number: int, patterns: list[str]) -> None:
+        """A subscription, new or changed."""
+        self.subscriptions[number] = (patterns, Matcher(patterns))
+
+    def count(self, topic: str) -> int:
+        """How many subscriptions a topic fits."""
+        return sum(matcher.matches(topic) for _, matcher in self.subscriptions.values())
+
+
+class Peering:
+    """The peers of one node."""
+
+    def __init__(
+        self,
+        host: Host,
+        loop: asyncio.AbstractEventLoop,
+        factory: SocketFactory,
+        *,
+        origin: int,
+        name: str,
+        bus: str,
+        epoch: int,
+        hostname: str,
+        pid: int,
+        release: str,
+        interface: str | None,
+        seeds: Iterable[str],
+        mdns: bool,
+        ports: tuple[int, int],
+    ) -> None:
+        self.origin = origin
+        self.inbox: Inbox | None = None
+        self.links: dict[int, Link] = {}  # by origin: peers that answered
+        self.interests: dict[int, Interest] = {origin: Interest()}
+        self._host = host
+        self._loop = loop
+        self._factory = factory
+        self._bus = bus
+        self._inbox_port, self._pub_port = ports
+        self._who = {"name": name, "epoch": epoch, "host": hostname, "pid": pid, "release": release}
+        self._membership = Membership(origin, name=name, seeds=seeds, jitter=random.random)
+        self._dialled: dict[str, Link] = {}  # by endpoint
+        self._pubs: dict[int, str] = {}  # which PUB of a peer our SUBs are connected to
+        self._guests: dict[bytes, int] = {}  # by routing identity on our inbox
+        self._asked_at: dict[tuple[int, int], float] = {}  # (origin, subscription): SUBSCRIBE sent, HEADS not complete
+        self._leaving: dict[int, tuple[bytes, int, set[int]]] = {}  # BYE: identity, request, intakes to wait for
+        self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._timers: list[asyncio.TimerHandle] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._attempts: dict[int, int] = {}
+        self._refused_told: set[str] = set()
+        self._refresh_at = 0.0
+        self._addresses = AddressWatch(interface)
+        self._discovery: Discovery | None = None
+        if mdns:
+            self._discovery = Discovery(
+                bus=bus,
+                origin=origin,
+                inbox_port=self._inbox_port,
+                pub_port=self._pub_port,
+                epoch=epoch,
+                addresses=self._addresses.addresses,
+                on_found=self._found,
+                on_gone=lambda origin: None,  # anyone can forge a goodbye; heartbeats and BYE tell
+                on_warning=lambda reason: host.emit(Warned(reason)),
+            )
+        self._control = factory.sub(HEARTBEATS_MAX)
+        self._control.subscribe(HEARTBEAT_PREFIX)
+        self._control_watch = FdWatch(loop, self._control, self._drain_control)
+
+    def start(self, inbox: Inbox) -> None:
+        """Begin to look for others, and to be found."""
+        self.inbox = inbox
+        if self._discovery is not None:
+            self._spawn(self._discovery.start())
+            self._refresh_at = now() + random.uniform(REFRESH_MIN, REFRESH_MAX)
+        self._perform(self._membership.tick(now()))
+        self._every(ADDRESS_POLL, self._poll_addresses)
+        self._every(ASK_AGAIN, self._ask_again)
+
+    @property
+    def address(self) -> str:
+        """The one of our addresses to show."""
+        return next(iter(self._addresses.addresses), "127.0.0.1")
+
+    # --- questions -------------------------------------------------------------------------------
+
+    def peers(self) -> list[Peer]:
+        """The joined peers."""
+        return self._membership.peers()
+
+    def joined(self, origin: int) -> bool:
+        """Whether a peer can be asked now."""
+        link = self.links.get(origin)
+        return link is not None and self._membership.state(origin) is State.JOINED
+
+    def subscribers(self, topic: str) -> int:
+        """Subscriptions here and at the joined peers that a topic fits."""
+        return sum(
+            interest.count(topic)
+            for origin, interest in self.interests.items()
+            if origin == self.origin or self.joined(origin)
+        )
+
+    async def until(self, condition: Callable[[], bool], timeout: float | None) -> bool:
+        """Wait until a condition on peers, subscribers or registrations holds. False: it did not in time."""
+        if condition():
+            return True
+        future: asyncio.Future[None] = self._loop.create_future()
+        entry = (condition, future)
+        self._waiters.append(entry)
+        try:
+            async with asyncio.timeout(timeout):
+                await future
+        except TimeoutError:
+            return condition()
+        finally:
+            self._waiters.remove(entry)
+        return True
+
+    def changed(self) -> None:
+        """Something that `until` may wait for has changed."""
+        for condition, future in self._waiters:
+            if not future.done() and condition():
+                future.set_result(None)
+
+    # --- our subscriptions -----------------------------------------------------------------------
+
+    def declare(self, intake: Intake) -> None:
+        """Connect a new subscription to every publisher, and have it registered there."""
+        self.interests[self.origin].put(intake.number, intake.patterns)
+        for pub in self._pubs.values():
+            intake.connect(self._factory, pub)
+        for link in self.links.values():
+            self._subscribe(link, intake)
+        self.changed()
+
+    def registered(self, intake: Intake) -> bool:
+        """Whether every peer that can be reached has answered with HEADS."""
+        return all(intake.tracker.knows(origin) for origin in self.links if self.joined(origin))
+
+    def withdraw(self, number: int) -> None:
+        """A subscription is closed."""
+        self.interests[self.origin].subscriptions.pop(number, None)
+        for origin, link in self.links.items():
+            self._asked_at.pop((origin, number), None)
+            link.declared.discard(number)
+            link.send(commands.Unsubscribe(number))
+
+    def settled(self, number: int, origin: int) -> None:
+        """A subscription has all that a leaving peer owed it."""
+        if origin in self._leaving:
+            identity, request, waiting = self._leaving[origin]
+            waiting.discard(number)
+            if not waiting:
+                del self._leaving[origin]
+                assert self.inbox is not None
+                self.inbox.answer(identity, commands.Bye(), request)
+                self._perform(self._membership.bye(origin, now()))
+
+    def _subscribe(self, link: Link, intake: Intake) -> None:
+        assert link.origin is not None
+        self._asked_at[link.origin, intake.number] = now()
+        if link.send(commands.Subscribe(intake.number, intake.patterns)):
+            link.declared.add(intake.number)
+
+    def _ask_again(self) -> None:
+        """Repeat what a broken connection may have swallowed."""
+        due = now() - ASK_AGAIN
+        for (origin, number), at in list(self._asked_at.items()):
+            link, intake = self.links.get(origin), self._host.intakes.get(number)
+            if link is None or intake is None:
+                del self._asked_at[origin, number]
+            elif at <= due and self.joined(origin):
+                self._subscribe(link, intake)
+
+    # --- what membership decides -----------------------------------------------------------------
+
+    def _perform(self, outputs: Iterable[Output]) -> None:
+        for output in outputs:
+            match output:
+                case Dial(endpoint=endpoint):
+                    self._dial(endpoint)
+                case Greet(endpoint=endpoint):
+                    if (link := self._dialled.get(endpoint)) is not None:
+                        self._hello(link)
+                case HangUp(endpoint=endpoint):
+                    self._hang_up(endpoint)
+                case Forget(origin=origin):
+                    self._forget(origin)
+                case PeerJoined(peer=peer):
+                    for intake in self._host.intakes.values():
+                        intake.sources_changed()
+                        if (link := self.links.get(peer.origin)) and not intake.tracker.knows(peer.origin):
+                            self._subscribe(link, intake)
+                    self._host.emit(output)
+                case PeerLeft(peer=peer, reason=reason):
+                    self._left(peer, reason)
+                    self._host.emit(output)
+                case PeerChanged(peer=peer):
+                    if peer.origin in self.links:
+                        self._connect_pub(self.links[peer.origin])
+                case DuplicateName():
+                    self._host.emit(output)
+        self.changed()
+        self._rearm()
+
+    def _rearm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        due = self._membership.next_timer()
+        self._timer = None if due is None else self._loop.call_later(max(0.0, due - now()), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._perform(self._membership.tick(now()))
+
+    def _dial(self, endpoint: str) -> None:
+        old = self._dialled.pop(endpoint, None)
+        if old is not None:
+            self._drop(old)
+        try:
+            link = Link(self._factory, self._loop, endpoint, self._on_answer, self._garbage, self._hello)
+        except SetupError as error:
+            self._host.emit(Warned(f"cannot dial {endpoint}: {error}"))
+            return
+        self._dialled[endpoint] = link
+
+    def _drop(self, link: Link) -> None:
+        if link.refused and link.endpoint not in self._refused_told:
+            self._refused_told.add(link.endpoint)
+            self._host.emit(Warned(f"{link.endpoint} is on bus {self._bus!r} but refused us: {link.refused}"))
+        if link.origin is not None and self.links.get(link.origin) is link:
+            del self.links[link.origin]
+        link.close()
+
+    def _hang_up(self, endpoint: str) -> None:
+        link = self._dialled.pop(endpoint, None)
+        if link is not None:
+            self._drop(link)
+
+    def _forget(self, origin: int) -> None:
+        self._disconnect_pub(origin)
+        self.interests.pop(origin, None)
+        self._attempts.pop(origin, None)
+        for identity in [identity for identity, guest in self._guests.items() if guest == origin]:
+            del self._guests[identity]
+        for intake in self._host.intakes.values():
+            intake.forget(origin)
+
+    def _left(self, peer: Peer, reason: str) -> None:
+        self._leaving.pop(peer.origin, None)
+        if reason == "silent":
+            self._refresh_at = min(self._refresh_at, now() + REFRESH_SOON * random.uniform(0.5, 1.5))
+        else:
+            for intake in self._host.intakes.values():
+                intake.origin_gone(peer.origin)
+
+    # --- HELLO and WELCOME -----------------------------------------------------------------------
+
+    def _introduction(self, kind: type[Hello], **more: object) -> Hello:
+        inbox = [f"tcp://{address}:{self._inbox_port}" for address in self._addresses.addresses[:64]]
+        known = self._membership.known_endpoints()
+        if len(known) > PEERS_PER_HELLO:
+            known = random.sample(known, PEERS_PER_HELLO)
+        return kind(  # type: ignore[arg-type, call-arg]
+            origin=self.origin, bus=self._bus, inbox=inbox, pub_port=self._pub_port, peers=known, **self._who, **more
+        )
+
+    def _hello(self, link: Link) -> bool:
+        """Introduce ourselves and all our subscriptions. False: not connected yet."""
+        wanted = [commands.Subscribed(i.number, i.patterns) for i in self._host.intakes.values()]
+        hello = self._introduction(Hello, subscriptions=wanted)
+        if not link.ask(hello, lambda command: self._welcomed(link, command), HELLO_TIMEOUT):
+            return False
+        link.declared = {subscribed.id for subscribed in wanted}
+        return True
+
+    def _welcomed(self, link: Link, command: Command | None) -> None:
+        if command is None or self._dialled.get(link.endpoint) is not link:
+            return
+        body = command.body
+        if isinstance(body, commands.Error):
+            if link.endpoint not in self._refused_told:
+                self._refused_told.add(link.endpoint)
+                self._host.emit(Warned(f"{link.endpoint} refused us: {body.reason}"))
+            return
+        if not isinstance(body, Welcome):
+            self._garbage(RemoteProtocolError(f"{link.endpoint}: {type(body).__name__} in answer to HELLO"))
+            return
+        link.pub = f"tcp://{parse_endpoint(link.endpoint)[0]}:{body.pub_port}"
+        outputs = self._membership.welcomed(self._peer(body, link.endpoint, link.pub), link.endpoint, now())
+        if body.origin != self.origin and not any(isinstance(o, HangUp) and o.endpoint == link.endpoint for o in outputs):
+            link.origin = body.origin
+            self.links[body.origin] = link
+            self._connect_pub(link)
+            for number in self._host.intakes:
+                if number in link.declared:
+                    self._asked_at.setdefault((body.origin, number), now())
+        self._perform(outputs)
+        for intake in self._host.intakes.values():
+            if link.origin is not None and intake.number not in link.declared:
+                self._subscribe(link, intake)
+        self._hints(body)
+
+    def _greeted(self, identity: bytes, command: Command, body: Hello) -> None:
+        assert self.inbox is not None
+        if body.bus != self._bus:
+            self.inbox.answer(identity, commands.Error("bus", f"this is bus {self._bus!r}"), command.request)
+            return
+        if not body.version_min <= VERSION <= body.version_max:
+            self.inbox.answer(
+                identity,
+                commands.Error("version", f"this node speaks version {VERSION} only"),
+                command.request,
+            )
+            return
+        if body.origin != self.origin:
+            for stale in [key for key, guest in self._guests.items() if guest == body.origin]:
+                del self._guests[stale]
+            self._guests[identity] = body.origin
+            interest = self.interests[body.origin] = Interest()
+            for subscribed in body.subscriptions:
+                interest.put(subscribed.id, subscribed.patterns)
+        self.inbox.answer(identity, self._introduction(Welcome), command.request)
+        for subscribed in body.subscriptions:
+            self._answer_heads(identity, command.request, subscribed.id, subscribed.patterns)
+        endpoint = self._candidate(body)
+        if endpoint is not None:
+            host = parse_endpoint(endpoint)[0]
+            peer = self._peer(body, endpoint, f"tcp://{host}:{body.pub_port}")
+            self._perform(self._membership.greeted(peer, now()))
+        self._hints(body)
+
+    def _peer(self, body: Hello, inbox: str, pub: str) -> Peer:
+        return Peer(
+            origin=body.origin,
+            name=body.name,
+            inbox=inbox,
+            pub=pub,
+            epoch=body.epoch,
+            role=body.role,
+            claims=tuple(body.claims),
+            host=body.host,
+            pid=body.pid,
+            version=body.release,
+        )
+
+    def _candidate(self, body: Hello) -> str | None:
+        """Of the endpoints a peer says it has, the one to dial."""
+        ports: dict[str, int] = {}
+        for endpoint in body.inbox:
+            try:
+                host, port = parse_endpoint(endpoint)
+            except SetupError as error:
+                self._garbage(RemoteProtocolError(f"HELLO of {body.name}: {error}"))
+                continue
+            ports.setdefault(host, port)
+        hosts = best_candidate(list(ports), self._addresses.local)
+        return f"tcp://{hosts[0]}:{ports[hosts[0]]}" if hosts else None
+
+    def _hints(self, body: Hello) -> None:
+        """Whom a peer knows."""
+        for origin, endpoint in body.peers:
+            try:
+                host, _ = parse_endpoint(endpoint)
+            except SetupError:
+                continue
+            if best_candidate([host], self._addresses.local):
+                self._perform(self._membership.hint(origin, endpoint, now()))
+
+    def _found(self, found: Found) -> None:
+        """mDNS: somebody announced itself."""
+        hosts = best_candidate(found.host_addresses, self._addresses.local)
+        if hosts:
+            attempt = self._attempts.get(found.origin, -1) + 1
+            if not self.joined(found.origin):
+                self._attempts[found.origin] = attempt  # the next announcement tries its next address
+            endpoint = f"tcp://{hosts[attempt % len(hosts)]}:{found.inbox_port}"
+            self._perform(self._membership.hint(found.origin, endpoint, now(), epoch=found.epoch))
+
+    # --- commands --------------------------------------------------------------------------------
+
+    def on_command(self, identity: bytes, command: Command) -> None:
+        """A command came in on the inbox."""
+        body = command.body
+        if isinstance(body, Hello) and not isinstance(body, Welcome):
+            self._greeted(identity, command, body)
+            return
+        assert self.inbox is not None
+        origin = self._guests.get(identity)
+        if origin is None:
+            self.inbox.answer(identity, commands.Error("hello", "say HELLO first"), command.request)
+            return
+        match body:
+            case commands.Subscribe():
+                interest = self.interests.setdefault(origin, Interest())
+                if len(interest.subscriptions) >= commands.SUBSCRIPTIONS_MAX and body.id not in interest.subscriptions:
+                    error = commands.Error("limit", f"at most {commands.SUBSCRIPTIONS_MAX} subscriptions")
+                    self.inbox.answer(identity, error, command.request)
+                    return
+                interest.put(body.id, body.patterns)
+                self._answer_heads(identity, command.request, body.id, body.patterns)
+                self.changed()
+            case commands.Unsubscribe():
+                if origin in self.interests:
+                    self.interests[origin].subscriptions.pop(body.id, None)
+            case commands.Heads():
+                self._heads(origin, body)
+            case commands.Bye():
+                self._bye(identity, origin, command.request)
+            case _:
+                self._host.serve(identity, command)
+
+    def _on_answer(self, link: Link, command: Command) -> None:
+        """Something came back that no question waits for."""
+        body = command.body
+        if isinstance(body, commands.Heads) and link.origin is not None:
+            self._heads(link.origin, body)
+        elif isinstance(body, commands.Error) and body.code == "hello":
+            self._hello(link)  # it lost sight of us, perhaps by a reconnect
+
+    def _heads(self, origin: int, body: commands.Heads) -> None:
+        intake = self._host.intakes.get(body.id)
+        if intake is not None:
+            intake.heads(origin, body.heads, body.more)
+            if not body.more:
+                self._asked_at.pop((origin, body.id), None)
+                self.changed()
+
+    def _answer_heads(self, identity: bytes, request: int, number: int, patterns: list[str]) -> None:
+        assert self.inbox is not None
+        for body in self._heads_bodies(number, patterns):
+            self.inbox.answer(identity, body, request)
+
+    def _heads_bodies(self, number: int, patterns: list[str]) -> list[commands.Heads]:
+        heads = self._host.heads(patterns)
+        starts = range(0, max(1, len(heads)), HEADS_PER_COMMAND)
+        return [
+            commands.Heads(number, heads[at : at + HEADS_PER_COMMAND], at + HEADS_PER_COMMAND < len(heads))
+            for at in starts
+        ]
+
+    def _bye(self, identity: bytes, origin: int, request: int) -> None:
+        intakes = set(self._host.intakes)
+        self._leaving[origin] = (identity, request, intakes)
+        if not intakes:
+            intakes.add(-1)
+            self.settled(-1, origin)
+            return
+        for intake in self._host.intakes.values():
+            intake.origin_leaving(origin)
+        self._loop.call_later(LEAVE_PATIENCE, self._leave_anyway, origin)
+
+    def _leave_anyway(self, origin: int) -> None:
+        if origin in self._leaving:
+            del self._leaving[origin]
+            self._perform(self._membership.bye(origin, now()))
+
+    # --- PUBs and heartbeats ---------------------------------------------------------------------
+
+    def _connect_pub(self, link: Link) -> None:
+        assert link.origin is not None and link.pub is not None
+        if self._pubs.get(link.origin) == link.pub:
+            return
+        self._disconnect_pub(link.origin)
+        self._pubs[link.origin] = link.pub
+        self._factory.connect(self._control, link.pub)
+        self._control_watch.check()
+        for intake in self._host.intakes.values():
+            intake.connect(self._factory, link.pub)
+
+    def _disconnect_pub(self, origin: int) -> None:
+        pub = self._pubs.pop(origin, None)
+        if pub is None or pub in self._pubs.values():
+            return
+        self._factory.disconnect(self._control, pub)
+        for intake in self._host.intakes.values():
+            intake.disconnect(self._factory, pub)
+
+    def _drain_control(self) -> bool:
+        time = now()
+        for _ in range(256):
+            try:
+                frame = self._control.recv(NOBLOCK)
+            except Again:
+                return False
+            try:
+                _, kind, _, _, origin, _, _ = parse_header(frame)
+            except RemoteProtocolError as error:
+                self._garbage(error)
+                continue
+            if kind == HEARTBEAT and (outputs := self._membership.heard(origin, time)):
+                self._perform(outputs)
+                self._resubscribe(origin)
+        return True
+
+    def _resubscribe(self, origin: int) -> None:
+        """A peer is back from silence: hear from it what was missed."""
+        if (link := self.links.get(origin)) is not None:
+            for intake in self._host.intakes.values():
+                self._subscribe(link, intake)
+
+    # --- the network under us --------------------------------------------------------------------
+
+    def _poll_addresses(self) -> None:
+        if self._discovery is None:
+            return
+        addresses = self._addresses.poll()
+        if addresses is not None:
+            self._spawn(self._discovery.set_addresses(addresses))
+            for link in list(self._dialled.values()):  # say where we are now, over fresh connections
+                self._dial(link.endpoint)
+        elif now() >= self._refresh_at:
+            self._refresh_at = now() + random.uniform(REFRESH_MIN, REFRESH_MAX)
+            self._spawn(self._discovery.refresh())
+
+    def _garbage(self, error: RemoteProtocolError) -> None:
+        self._host.emit(Warned(str(error)))
+
+    def _every(self, seconds: float, work: Callable[[], None]) -> None:
+        slot = len(self._timers)
+
+        def again() -> None:
+            self._timers[slot] = self._loop.call_later(seconds, again)
+            work()
+
+        self._timers.append(self._loop.call_later(seconds, again))
+
+    def _spawn(self, work: object) -> None:
+        task = self._loop.create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    async def leave(self, timeout: float) -> list[Peer]:
+        """Say BYE to every peer; returns those with subscriptions that had not confirmed all within `timeout`."""
+        waiting: dict[int, asyncio.Future[None]] = {}
+        for origin, link in self.links.items():
+            if not self.joined(origin):
+                continue
+            interest = self.interests.get(origin)
+            for number, (patterns, _) in interest.subscriptions.items() if interest else ():
+                for body in self._heads_bodies(number, patterns):
+                    link.send(body)
+            done: asyncio.Future[None] = self._loop.create_future()
+
+            def answered(command: Command | None, done: asyncio.Future[None] = done) -> None:
+                if not done.done() and command is not None and isinstance(command.body, commands.Bye):
+                    done.set_result(None)
+
+            if link.ask(commands.Bye(), answered, timeout + 1) and interest and interest.subscriptions:
+                waiting[origin] = done
+        if waiting:
+            await asyncio.wait(waiting.values(), timeout=timeout)
+        late = [origin for origin, done in waiting.items() if not done.done()]
+        return [peer for peer in self.peers() if peer.origin in late]
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        for timer in (*self._timers, self._timer):
+            if timer is not None:
+                timer.cancel()
+        self._timers = []
+        if self._discovery is not None:
+            await self._discovery.close()
+        for task in list(self._tasks):
+            task.cancel()
+        for _, future in self._waiters:
+            if not future.done():
+                future.cancel()
+        for link in list(self._dialled.values()):
+            link.close(linger_ms=100)
+        self._dialled.clear()
+        self.links.clear()
+        self._control_watch.close()
+        self._control.close(0)
+
+

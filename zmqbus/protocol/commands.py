@@ -1,0 +1,217 @@
+"""ROUTER commands: what nodes say to each other beside the messages. Pure functions of bytes.
+
+A node asks through the DEALER it has for each peer; the peer's ROUTER sees the asker's identity in front and
+answers to it. Without that identity, a command is
+
+    part 0    command u8 | version u8 | request id u64, little endian
+    part 1    body: one msgpack map, its fields below; unknown fields are ignored
+    part 2…   batches, as verbatim PUB frames (an external value is a part of its own, after its frame)
+
+The answer carries the request id of what it answers. A command that is not understood gets ERROR, never silence.
+
+    asks                  is answered by
+    HELLO                 WELCOME, then HEADS for each subscription that the HELLO named
+    SUBSCRIBE             HEADS (the last has more = false)
+    UNSUBSCRIBE           nothing
+    FETCH                 BATCHES
+    BYE                   BYE, once the peer has all it is owed
+    STATS                 STATISTICS
+    anything              ERROR, if it cannot be done
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import Struct
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from zmqbus.errors import RemoteProtocolError
+from zmqbus.protocol.frames import VERSION
+
+ENVELOPE = Struct("<BBQ")
+BODY_BYTES_MAX = 1024 * 1024  # HEADS come in pieces well below this; nothing honest is larger
+HEADS_PER_COMMAND = 2000  # 2000 topics of at most 255 bytes and a u64 stay below BODY_BYTES_MAX
+PEERS_PER_HELLO = 256  # a newcomer needs a few to find the rest
+SUBSCRIPTIONS_MAX = 1024  # of one node; each costs its peers memory
+PATTERNS_MAX = 256  # of one subscription
+
+U64 = Annotated[int, Meta(ge=0)]  # msgpack itself ends at 2**64 - 1
+Seq = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Name = Annotated[str, Meta(min_length=1, max_length=255)]
+Topic = Annotated[bytes, Meta(min_length=1, max_length=255)]
+Endpoint = Annotated[str, Meta(max_length=300)]
+
+
+class Body(msgspec.Struct, omit_defaults=True):
+    """What part 1 of a command holds."""
+
+
+class Subscribed(msgspec.Struct):
+    """One subscription of the asker: its number there, and its patterns."""
+
+    id: U64
+    patterns: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)]
+
+
+class Hello(Body):
+    """Who the asker is, where it can be reached, what it wants, and whom it knows. WELCOME has the same body."""
+
+    origin: U64
+    name: Name
+    bus: Name
+    epoch: U64  # when it started, ns since 1970: tells a restart from an echo of the past
+    inbox: Annotated[list[Endpoint], Meta(max_length=64)]  # the ROUTER, at each address it listens on
+    pub_port: Port
+    host: Annotated[str, Meta(max_length=255)]
+    pid: U64
+    release: Annotated[str, Meta(max_length=64)]  # of the software, for people to read
+    version_min: int = VERSION
+    version_max: int = VERSION
+    role: Annotated[str, Meta(max_length=32)] = "node"
+    claims: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)] = []
+    subscriptions: Annotated[list[Subscribed], Meta(max_length=SUBSCRIPTIONS_MAX)] = []
+    peers: Annotated[list[tuple[U64, Endpoint]], Meta(max_length=PEERS_PER_HELLO)] = []
+
+
+class Welcome(Hello):
+    """The answer to HELLO: the same facts about the one who answers."""
+
+
+class Subscribe(Body):
+    """From here on every message that fits is owed to the asker; an id that is already known starts anew."""
+
+    id: U64
+    patterns: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)]
+
+
+class Unsubscribe(Body):
+    """The asker no longer wants what subscription `id` asked for."""
+
+    id: U64
+
+
+class Heads(Body):
+    """For each stream that fits subscription `id`: the seq its next message will have. Before BYE, unasked."""
+
+    id: U64
+    heads: Annotated[list[tuple[Topic, Seq]], Meta(max_length=HEADS_PER_COMMAND)]
+    more: bool = False
+
+
+class Fetch(Body):
+    """Send messages `first` to `last` of a stream again, as far as they are held and fit in about `bytes`."""
+
+    topic: Topic
+    origin: U64
+    first: Seq
+    last: Seq
+    bytes: Annotated[int, Meta(ge=1)] = 1024 * 1024
+
+
+class Batches(Body):
+    """What is held of messages `first` to `last` follows; what is in no batch is held no more.
+
+    `last` may be below what was asked (the rest can be asked for anew). A batch may reach beyond either end.
+    """
+
+    topic: Topic
+    origin: U64
+    first: Seq
+    last: Seq
+
+
+class Bye(Body):
+    """The asker leaves, and has sent HEADS as the last word on its streams. The answer: all of it has arrived."""
+
+
+class Stats(Body):
+    """Ask for a peer's statistics; with `topics`, also for its streams from the `skip`-th on."""
+
+    topics: bool = False
+    skip: U64 = 0
+
+
+class Statistics(Body):
+    """Counters of a peer, and (topic, last seq, bytes published) of its streams, in order of first use."""
+
+    counters: dict[str, int | float | str]
+    topics: Annotated[list[tuple[Topic, U64, U64]], Meta(max_length=HEADS_PER_COMMAND)] = []
+    more: bool = False
+
+
+class Error(Body):
+    """What was asked cannot be done. `code` is for programs, `reason` for people."""
+
+    code: Annotated[str, Meta(max_length=64)]
+    reason: Annotated[str, Meta(max_length=1000)]
+
+
+BODIES: dict[int, type[Body]] = {
+    1: Hello,
+    2: Welcome,
+    3: Bye,
+    4: Subscribe,
+    5: Unsubscribe,
+    6: Heads,
+    7: Fetch,
+    8: Batches,
+    24: Stats,
+    25: Statistics,
+    255: Error,
+}
+_CODES = {body: code for code, body in BODIES.items()}
+_DECODERS = {code: msgspec.msgpack.Decoder(body) for code, body in BODIES.items()}
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Command(NamedTuple):
+    """A decoded command."""
+
+    request: int
+    body: Body
+    batches: list[bytes]
+
+
+class UnknownCommand(RemoteProtocolError):
+    """A well-formed envelope whose command this node does not know; `request` is what an ERROR refers to."""
+
+    def __init__(self, code: int, request: int) -> None:
+        super().__init__(f"command {code} is not known to this node")
+        self.request = request
+
+
+def encode_command(body: Body, request: int = 0, batches: Sequence[bytes] = ()) -> list[bytes]:
+    """The parts to send. `request` 0 means that no answer is expected."""
+    return [ENVELOPE.pack(_CODES[type(body)], VERSION, request), _encoder.encode(body), *batches]
+
+
+def decode_command(parts: Sequence[bytes]) -> Command:
+    """Check and decode what came in, without the routing identity.
+
+    Raises:
+        UnknownCommand: a command this version does not have.
+        RemoteProtocolError: anything else that breaks the rules above.
+    """
+    if len(parts) < 2 or len(parts[0]) != ENVELOPE.size:
+        raise RemoteProtocolError(
+            f"command: {len(parts)} parts, an envelope of {len(parts[0]) if parts else 0} bytes"
+        )
+    code, version, request = ENVELOPE.unpack(parts[0])
+    if version != VERSION and code not in (1, 2):  # HELLO and WELCOME negotiate, so they must be readable
+        raise RemoteProtocolError(f"command: version {version}, this node speaks {VERSION}")
+    decoder = _DECODERS.get(code)
+    if decoder is None:
+        raise UnknownCommand(code, request)
+    if len(parts[1]) > BODY_BYTES_MAX:
+        raise RemoteProtocolError(
+            f"command: a body of {len(parts[1]):,} bytes; the limit is {BODY_BYTES_MAX:,}"
+        )
+    try:
+        body: Any = decoder.decode(parts[1])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise RemoteProtocolError(f"{BODIES[code].__name__.upper()}: {error}") from None
+    return Command(request, body, list(parts[2:]))
