@@ -26,7 +26,7 @@ from zmqbus.net.keys import BusKey
 from zmqbus.node.events import Event, EventStream, Undelivered, Warned
 from zmqbus.node.node import Node, Subscription
 from zmqbus.node.publishing import Publisher
-from zmqbus.protocol.membership import DuplicateName, Peer, PeerJoined, PeerLeft
+from zmqbus.protocol.peers import DuplicateName, Peer, PeerJoined, PeerLeft
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.tracking import Gap
 from zmqbus.node import RELEASE as __version__

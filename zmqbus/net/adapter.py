@@ -9,6 +9,9 @@ waiting"; it says "libzmq has told this socket something since you last looked".
    taken the signal of a message that is still waiting. That is `check()`.
 3. A watch that misses one edge sleeps until the next message comes, perhaps forever. When in doubt, `check()`.
 
+The same signal says that the socket has become writable (a connection is up, a full pipe has room again). So that it
+is not lost either, `drain` is called for that too.
+
 The watch does not know what is received: `drain` does. Runs on the loop's thread only. Close the watch before its
 socket: a closed socket's FD number may already belong to somebody else.
 """
@@ -25,12 +28,13 @@ __all__ = ["FdWatch"]
 # getsockopt with plain ints: `socket.EVENTS` is twice as slow (7 µs against 3 µs).
 _EVENTS = int(zmq.EVENTS)
 _POLLIN = int(zmq.POLLIN)
+_POLLOUT = int(zmq.POLLOUT)
 
 RETRY_S = 0.01  # pause after a drain that raised: a drain that always raises costs 100 reports a second, not a core
 
 
 class FdWatch:
-    """Calls `drain` whenever `socket` may have something to receive.
+    """Calls `drain` whenever `socket` may have something to receive, or has become writable.
 
     `drain()` receives until `zmq.Again`, or until a budget of its own, and returns True when it stopped on its
     budget: it is then called again by `call_soon`, after other work had its turn. It must accept being called when
@@ -39,13 +43,14 @@ class FdWatch:
     An exception in `drain` goes to the loop's exception handler; the watch lives on and calls `drain` again.
     """
 
-    __slots__ = ("_again", "_closed", "_drain", "_fd", "_loop", "_socket")
+    __slots__ = ("_again", "_closed", "_drain", "_fd", "_loop", "_socket", "_writable")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes], drain: Callable[[], bool]) -> None:
         self._loop = loop
         self._socket = socket
         self._drain = drain
         self._closed = False
+        self._writable = False  # when EVENTS was last read
         self._again: asyncio.Handle | None = None  # the drain that is already scheduled, if any
         self._fd = int(socket.getsockopt(zmq.FD))
         loop.add_reader(self._fd, self._ready)
@@ -53,7 +58,7 @@ class FdWatch:
 
     def check(self) -> None:
         """Call after every send, connect or other use of the socket outside `drain`. About 3 µs."""
-        if self._again is None and not self._closed and self._readable():
+        if self._again is None and not self._closed and self._stirred():
             self._again = self._loop.call_soon(self._run)
 
     def close(self) -> None:
@@ -72,7 +77,7 @@ class FdWatch:
             self._run()
         else:
             # A drain is scheduled. The loop watches by level, so take the signal back, or it would spin until then.
-            self._readable()
+            self._stirred()
 
     def _run(self) -> None:
         self._again = None
@@ -93,13 +98,16 @@ class FdWatch:
         else:
             self.check()  # drain may have sent on the socket after its last recv
 
-    def _readable(self) -> bool:
+    def _stirred(self) -> bool:
+        """Look: is there something to receive, or has the socket become writable since the last look?"""
         try:
-            return bool(int(self._socket.getsockopt(_EVENTS)) & _POLLIN)
+            events = int(self._socket.getsockopt(_EVENTS))
         except zmq.ZMQError as error:  # the socket was closed, or its context terminated, under us
             self.close()
             self._report("socket closed before its watch", error)
             return False
+        was_writable, self._writable = self._writable, bool(events & _POLLOUT)
+        return bool(events & _POLLIN) or (self._writable and not was_writable)
 
     def _report(self, what: str, error: Exception) -> None:
         context = {"message": f"zmqbus FdWatch: {what}", "exception": error, "watch": repr(self)}

@@ -4,7 +4,7 @@ Rules of this file:
 1. Runs on the caller's asyncio loop. No callback is made from inside zeroconf, whose internals an exception or a
    slow callee would disturb: what it reports is noted, and looked at in the next turn of the loop.
 2. Only the given addresses send, and only packets that arrive by them are heard.
-3. The sending of an announcement takes half a second and is never awaited; every task is kept, and ended by `close`.
+3. Announcing takes more than a second and is not awaited; every task is kept, and ended by `close`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from zeroconf import (  # type: ignore[attr-defined]  # public names that its __all__ forgets
@@ -40,6 +40,10 @@ ASKING_MAX = 16  # lookups under way for announcements that came incomplete; the
 ASK_MS = 3000
 GOODBYE_S = 0.35  # three packets, 125 ms apart; `Discovery.close` promises 0.5 s in all
 DEAF_S = 2.0  # we hear our own announcement within milliseconds, or never
+# Before each packet of an announcement. Three at once against loss, as is usual; the last because receivers drop a
+# packet equal to one of the last 0.8 s, and keep a replaced address beside the new until it is 1 s old, so that an
+# announcement soon after another goes unheard, or is heard in part.
+ANNOUNCE_PAUSES_S = (0.0, 0.225, 0.225, 0.9)
 
 _TYPE_A = 1  # RFC 1035
 _CLASS_IN = 1
@@ -103,7 +107,7 @@ class Session:
         self._aio: AsyncZeroconf | None = None
         self._listener = _Listener(self._note)
         self._browser: AsyncServiceBrowser | None = None
-        self._announcing: asyncio.Future[None] | None = None
+        self._announcing: asyncio.Task[None] | None = None
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._noted: dict[str, bool] = {}  # instance -> whether it lives; looked at in the next turn of the loop
         self._announced_at = 0.0
@@ -112,14 +116,17 @@ class Session:
     async def open(self) -> None:
         """Listen, then announce. Raises OSError, with everything closed again, if the network does not allow it."""
         self._aio = aio = AsyncZeroconf(interfaces=[])  # holds port 5353, has joined no group yet
+        # From the first packet on: zeroconf remembers what it hears, and tells nobody of it a second time.
+        aio.zeroconf.async_add_listener(self._listener, None)
         try:
             await aio.zeroconf.async_wait_for_start()
             self._confine(aio.zeroconf)
             await self._join(aio)
-            aio.zeroconf.async_add_listener(self._listener, None)
             await self._browse(aio, None)
-            # "Cooperating responders" skips probing for name conflicts, which costs a second; UUIDs have none.
-            self._announce(await aio.async_register_service(self._info, cooperating_responders=True))
+            # Registering by async_register_service would probe for a conflict of names first, and UUIDs have none:
+            # the first announcement would leave 1.2 s later.
+            aio.zeroconf.registry.async_add(self._info)
+            self._announce(aio)
         except Error as error:
             await self.close(goodbye=False)
             raise OSError(str(error) or type(error).__name__) from error
@@ -143,7 +150,7 @@ class Session:
         # A new browser asks four times within 14 s, naming what we know, so that only the unknown answer. By
         # multicast: of several processes on one host, only some one gets a unicast answer.
         await self._browse(self._aio, DNSQuestionType.QM)
-        self._announce(await self._aio.async_update_service(self._info))
+        self._announce(self._aio)
 
     def is_deaf(self) -> bool:
         """Whether our last announcement should have come back to us by now, and has not."""
@@ -155,11 +162,10 @@ class Session:
         if aio is None:
             return
         try:
-            if self._listener in aio.zeroconf.listeners:
-                aio.zeroconf.async_remove_listener(self._listener)
+            aio.zeroconf.async_remove_listener(self._listener)
             if self._browser is not None:
                 await self._browser.async_cancel()
-            tasks: list[asyncio.Future[None]] = list(self._asking.values())
+            tasks = list(self._asking.values())
             if self._announcing is not None:
                 tasks.append(self._announcing)  # else it would announce us once more after the goodbye
             for task in tasks:
@@ -212,17 +218,22 @@ class Session:
             aio.zeroconf, SERVICE_TYPE, handlers=[_ignore], question_type=question_type
         )
 
-    def _announce(self, sending: Awaitable[None]) -> None:
+    def _announce(self, aio: AsyncZeroconf) -> None:
+        async def send() -> None:
+            for pause in ANNOUNCE_PAUSES_S:
+                await asyncio.sleep(pause)
+                aio.zeroconf.async_send(aio.zeroconf.generate_service_broadcast(self._info, None))
+
+        def sent(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._warn("announce", f"announcing failed: {error!r}")
+
         if self._announcing is not None:
             self._announcing.cancel()
-        self._announcing = asyncio.ensure_future(sending)
-        self._announcing.add_done_callback(self._announced)
+        self._announcing = self._loop.create_task(send())
+        self._announcing.add_done_callback(sent)
         self._announced_at = clock.now()
         self._heard_ourselves = False
-
-    def _announced(self, task: asyncio.Future[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._warn("announce", f"announcing failed: {error!r}")
 
     def _note(self, instance: str, lives: bool) -> None:
         """Called from inside zeroconf, which stores the records only after this: look in the next turn."""

@@ -61,15 +61,11 @@ Role = Literal["inbox", "pub"]
 """The two endpoints that a node binds: its ROUTER, and its PUB."""
 
 ZAP_DOMAIN = b"zmqbus"
-FRAME_BYTES_MAX = (
-    64 * 1024 * 1024 + 64 * 1024
-)  # the largest message, 64 MiB, and 64 KiB for what is wrapped around it
+FRAME_BYTES_MAX = (64 << 20) + (64 << 10)  # the largest message, 64 MiB, and 64 KiB for what is wrapped around it
 SUBSCRIPTION_BYTES_MAX = 64 * 1024  # all that a PUB ever receives is subscriptions, well below this
 COMMAND_FRAMES_MAX = 1000  # high-water mark of each peer's command pipe, either way; counts whole messages
 SUBSCRIPTIONS_WAITING_MAX = 65_536  # per subscriber, until our PUB is next used; beyond, they wait at the subscriber
-SOCKETS_MAX = (
-    16_384  # per node: one DEALER a peer, one SUB a subscription; the table is 0.2 MB. 'ulimit -n' comes first
-)
+SOCKETS_MAX = 16_384  # per node: a DEALER for each peer, a SUB for each subscription; 'ulimit -n' comes first
 MONITOR_EVENTS_MAX = 10_000  # unread events a monitor holds before it freezes the context; about 3 MB
 BACKLOG = 512  # a whole LAN may boot, and dial us, at once; libzmq's 100 overflows
 HANDSHAKE_MS = 3_000  # whoever has not finished by then is cut; libzmq's 30 s invites floods of idle connections
@@ -295,8 +291,9 @@ class SocketFactory:
     def handshake_monitor(self, socket: Socket) -> Socket:
         """A PAIR that tells of `socket`'s failed handshakes and nothing else; see `parse_monitor`. For clients.
 
-        After HANDSHAKE_FAILED_AUTH or _PROTOCOL libzmq never dials that endpoint again: `disconnect`, then
-        `connect` after a pause. After HANDSHAKE_FAILED_NO_DETAIL it does so itself.
+        After HANDSHAKE_FAILED_AUTH or …_PROTOCOL libzmq never dials that endpoint again: `disconnect`, then
+        `connect` after a pause. …_NO_DETAIL (the connection broke off, or nobody answered in time: a peer that is
+        closing, starting or stalled) is no verdict: libzmq dials anew by itself.
 
         Read it to the end whenever it stirs: one that is left unread for MONITOR_EVENTS_MAX events freezes the
         whole context. Close both with `close_monitored`; closing only the PAIR freezes the context as well.
@@ -321,6 +318,7 @@ class SocketFactory:
         socket = self._socket(zmq.SUB if role == "pub" else zmq.DEALER, self._frame_bytes_max)
         if pair is not None:
             _set_client_pair(socket, pair, self._key.server.public)
+        socket.setsockopt(zmq.RECONNECT_IVL, 10)  # a stranger may be cut off before it learns why: ask again, soon
         monitor = self._monitor(socket, _HANDSHAKE_FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         socket.connect(f"tcp://{host}:{port}")
         return socket, monitor

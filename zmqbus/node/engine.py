@@ -40,7 +40,7 @@ from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
 from zmqbus.protocol.frames import decode_batches
 from zmqbus.protocol.history import HISTORY_BYTES_MAX
-from zmqbus.protocol.membership import Peer
+from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.topics import check_pattern, covering_prefixes
 from zmqbus.protocol.tracking import Fetch, Gap
 from zmqbus.node import RELEASE
@@ -133,7 +133,6 @@ class Engine:
         self._streams: list[EventStream] = []
         self._numbers = 0
         self._heartbeats = 0
-        self._ticking = False
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._counters = {"warnings": 0, "fetches_served": 0, "fetch_bytes_served": 0}
 
@@ -240,15 +239,16 @@ class Engine:
 
     def _start_ticking(self) -> None:
         """From any thread: a burst has begun, or there is a backlog."""
-        self._loop.call_soon_threadsafe(self._tick)
+        self._soon(self._tick_later)
+
+    def _tick_later(self) -> None:
+        if "tick" not in self._timers:
+            self._timers["tick"] = self._loop.call_later(TICK, self._tick)
 
     def _tick(self) -> None:
-        if "tick" in self._timers:
-            self._timers["tick"].cancel()
-        if self.outlet.tick():
-            self._timers.pop("tick", None)
-        else:
-            self._timers["tick"] = self._loop.call_later(TICK, self._tick)
+        del self._timers["tick"]
+        if not self.outlet.tick():
+            self._tick_later()
 
     # --- subscriptions ---------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from types import TracebackType
 
 import msgspec
 
-from zmqbus.protocol.membership import DuplicateName, PeerJoined, PeerLeft
+from zmqbus.protocol.peers import DuplicateName, PeerJoined, PeerLeft
 from zmqbus.protocol.tracking import Gap
 
 EVENTS_MAX = 10_000  # waiting for one listener; a listener that does not listen loses the oldest

@@ -25,8 +25,9 @@ from zmqbus.protocol.frames import DATA, EXTERNAL, HEAD, HEADER_BYTES, Batch, Va
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.tracking import SETTLED, Fetch, Gap, Tracker
 
-RECEIVE_BYTES_MAX = 64 * 1024 * 1024  # queued in the socket
-FRAMES_MIN, FRAMES_MAX = 64, 65_536
+RECEIVE_BYTES_MAX = 32 * 1024 * 1024  # queued in the socket
+SAMPLE_BYTES = 2 * 1024 * 1024
+FRAMES_MIN, FRAMES_MAX = 8, 65_536
 GAPS_KEPT = 1000  # for a report at the end; the count of lost messages goes on
 
 
@@ -299,7 +300,7 @@ class Intake:
         """Turn the byte budget into the socket's limit, which counts frames."""
         self._frames += 1
         self._bytes += len(parts[-1])
-        if not self._frames & 0xFF:
+        if self._frames > 255 or self._bytes > SAMPLE_BYTES:
             mean = self._bytes // self._frames + 256
             wanted = max(FRAMES_MIN, min(FRAMES_MAX, RECEIVE_BYTES_MAX // mean))
             self._frames = self._bytes = 0

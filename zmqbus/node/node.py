@@ -25,7 +25,7 @@ from zmqbus.node.engine import Config, Engine
 from zmqbus.node.events import EventStream, Undelivered
 from zmqbus.node.intake import Intake
 from zmqbus.node.publishing import Publisher
-from zmqbus.protocol.membership import Peer
+from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.tracking import Gap
 

@@ -22,13 +22,13 @@ from zmqbus.node.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, PEERS_PER_HELLO, Body, Command, Hello, Welcome
 from zmqbus.protocol.frames import HEARTBEAT, HEARTBEAT_PREFIX, VERSION, parse_header
-from zmqbus.protocol.membership import (
+from zmqbus.protocol.membership import Membership
+from zmqbus.protocol.peers import (
     Dial,
     DuplicateName,
     Forget,
     Greet,
     HangUp,
-    Membership,
     Output,
     Peer,
     PeerChanged,
@@ -118,7 +118,6 @@ class Peering:
         self._timer: asyncio.TimerHandle | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._attempts: dict[int, int] = {}
         self._refused_told: set[str] = set()
         self._refresh_at = 0.0
         self._addresses = AddressWatch(interface)
@@ -313,7 +312,6 @@ class Peering:
     def _forget(self, origin: int) -> None:
         self._disconnect_pub(origin)
         self.interests.pop(origin, None)
-        self._attempts.pop(origin, None)
         for identity in [identity for identity, guest in self._guests.items() if guest == origin]:
             del self._guests[identity]
         for intake in self._host.intakes.values():
@@ -331,9 +329,7 @@ class Peering:
 
     def _introduction(self, kind: type[Hello], **more: object) -> Hello:
         inbox = [f"tcp://{address}:{self._inbox_port}" for address in self._addresses.addresses[:64]]
-        known = self._membership.known_endpoints()
-        if len(known) > PEERS_PER_HELLO:
-            known = random.sample(known, PEERS_PER_HELLO)
+        known = self._membership.known_endpoints(PEERS_PER_HELLO)
         return kind(  # type: ignore[arg-type, call-arg]
             origin=self.origin, bus=self._bus, inbox=inbox, pub_port=self._pub_port, peers=known, **self._who, **more
         )
@@ -360,7 +356,8 @@ class Peering:
             self._garbage(RemoteProtocolError(f"{link.endpoint}: {type(body).__name__} in answer to HELLO"))
             return
         link.pub = f"tcp://{parse_endpoint(link.endpoint)[0]}:{body.pub_port}"
-        outputs = self._membership.welcomed(self._peer(body, link.endpoint, link.pub), link.endpoint, now())
+        endpoints = self._candidates(body) or [link.endpoint]  # what it says may not be reachable: it was dialled here
+        outputs = self._membership.welcomed(self._peer(body, endpoints, link.pub), link.endpoint, now())
         if body.origin != self.origin and not any(isinstance(o, HangUp) and o.endpoint == link.endpoint for o in outputs):
             link.origin = body.origin
             self.links[body.origin] = link
@@ -396,18 +393,18 @@ class Peering:
         self.inbox.answer(identity, self._introduction(Welcome), command.request)
         for subscribed in body.subscriptions:
             self._answer_heads(identity, command.request, subscribed.id, subscribed.patterns)
-        endpoint = self._candidate(body)
-        if endpoint is not None:
-            host = parse_endpoint(endpoint)[0]
-            peer = self._peer(body, endpoint, f"tcp://{host}:{body.pub_port}")
-            self._perform(self._membership.greeted(peer, now()))
+        endpoints = self._candidates(body)
+        if endpoints:
+            pub = f"tcp://{parse_endpoint(endpoints[0])[0]}:{body.pub_port}"
+            self._perform(self._membership.greeted(self._peer(body, endpoints, pub), now()))
         self._hints(body)
 
-    def _peer(self, body: Hello, inbox: str, pub: str) -> Peer:
+    def _peer(self, body: Hello, endpoints: list[str], pub: str) -> Peer:
         return Peer(
             origin=body.origin,
             name=body.name,
-            inbox=inbox,
+            inbox=endpoints[0],
+            also=tuple(endpoints[1:]),
             pub=pub,
             epoch=body.epoch,
             role=body.role,
@@ -417,8 +414,8 @@ class Peering:
             version=body.release,
         )
 
-    def _candidate(self, body: Hello) -> str | None:
-        """Of the endpoints a peer says it has, the one to dial."""
+    def _candidates(self, body: Hello) -> list[str]:
+        """Of the endpoints a peer says it has, those to dial, the best first."""
         ports: dict[str, int] = {}
         for endpoint in body.inbox:
             try:
@@ -427,8 +424,7 @@ class Peering:
                 self._garbage(RemoteProtocolError(f"HELLO of {body.name}: {error}"))
                 continue
             ports.setdefault(host, port)
-        hosts = best_candidate(list(ports), self._addresses.local)
-        return f"tcp://{hosts[0]}:{ports[hosts[0]]}" if hosts else None
+        return [f"tcp://{host}:{ports[host]}" for host in best_candidate(list(ports), self._addresses.local)]
 
     def _hints(self, body: Hello) -> None:
         """Whom a peer knows."""
@@ -444,11 +440,8 @@ class Peering:
         """mDNS: somebody announced itself."""
         hosts = best_candidate(found.host_addresses, self._addresses.local)
         if hosts:
-            attempt = self._attempts.get(found.origin, -1) + 1
-            if not self.joined(found.origin):
-                self._attempts[found.origin] = attempt  # the next announcement tries its next address
-            endpoint = f"tcp://{hosts[attempt % len(hosts)]}:{found.inbox_port}"
-            self._perform(self._membership.hint(found.origin, endpoint, now(), epoch=found.epoch))
+            inbox, *also = (f"tcp://{host}:{found.inbox_port}" for host in hosts)
+            self._perform(self._membership.hint(found.origin, inbox, now(), also=tuple(also)))
 
     # --- commands --------------------------------------------------------------------------------
 

@@ -8,9 +8,10 @@ to the PUB socket and to the history. When to flush is the question of pace:
 - `TURN`: asyncio; once per turn of the loop.
 
 A full subscriber. The PUB socket is bounded, and refuses (XPUB_NODROP) when a matching subscriber's queue is full.
-The frame then waits in the backlog, and the caller with it: that paces a burst to a consumer that is nearly fast
-enough. But no longer than PATIENCE: then the frame goes to everybody else, that subscriber misses it and will
-repair from the history, and for GRUDGE seconds nobody waits again. So one stalled subscriber cannot hold up a bus.
+The frame then waits in the backlog, and the caller with it: that paces a publisher to consumers that are nearly fast
+enough. But no longer than PATIENCE: then the frame goes to everybody else, that subscriber misses it and repairs it
+from the history; libzmq counts it out until it has read half its queue, so one that has stopped costs no more. For
+one that is alive but hopelessly slow, publishers do not wait again for a while, longer each time (GRUDGE).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from itertools import islice
+from math import inf
 from threading import Lock
 from typing import Any
 
@@ -36,11 +38,12 @@ BURST = 32  # sends within BURST_NS that make a burst
 BURST_NS = 1_000_000
 CALM = 8  # messages per tick below which a burst is over
 TICK = 0.001
-PATIENCE = 0.1  # seconds that publishers will wait for a full subscriber
-GRUDGE = 10.0  # seconds after which they will do so again
+PATIENCE = 0.5  # seconds that publishers wait for a full subscriber to read half its queue
+GRUDGE_MIN, GRUDGE_MAX = 1.0, 32.0  # seconds for which they do not, after that was in vain; doubled each time
 STREAMS_MAX = 100_000  # about 1 KiB each
-SEND_BYTES_MAX = 64 * 1024 * 1024  # queued for one subscriber
-FRAMES_MIN, FRAMES_MAX = 64, 65_536  # bounds of the socket's own limit, which counts frames
+SEND_BYTES_MAX = 32 * 1024 * 1024  # queued for one subscriber
+SAMPLE_BYTES = 2 * 1024 * 1024  # after so many, or 256 frames, the limit is adapted to their size
+FRAMES_MIN, FRAMES_MAX = 8, 65_536  # bounds of the socket's own limit, which counts frames
 
 HEADS_PER_HEARTBEAT = 64  # repeated each second, so that the loss of a HEAD is made good too
 
@@ -103,23 +106,24 @@ class Publisher:
         self._acquire()
         try:
             if headers is not None or size >= EXTERNAL_BYTES_MIN:
-                return self._send_special(value, packed, size, headers)
-            if packed is None:
-                self._values.append(value)  # type: ignore[arg-type]
+                seq = self._put_special(value, packed, size, headers)
             else:
-                if self._values:
-                    self._fold()
-                self._chunks.append(packed)
-            if self._headers is not None:
-                self._headers.append(b"\xc0")
-            count = self._count = self._count + 1
-            seq = self._base + count
-            if size > SMALL:
-                self._size += size
-            if count == 1:
-                out.urge(self)
-            elif count >= BATCH_MESSAGES_MAX or self._size >= BATCH_BYTES_MAX:
-                self.flush()
+                if packed is None:
+                    self._values.append(value)  # type: ignore[arg-type]
+                else:
+                    if self._values:
+                        self._fold()
+                    self._chunks.append(packed)
+                if self._headers is not None:
+                    self._headers.append(b"\xc0")
+                count = self._count = self._count + 1
+                seq = self._base + count
+                if size > SMALL:
+                    self._size += size
+                if count == 1:
+                    out.urge(self)
+                elif count >= BATCH_MESSAGES_MAX or self._size >= BATCH_BYTES_MAX:
+                    self.flush()
         finally:
             self._release()
         if out.backlog:
@@ -131,7 +135,7 @@ class Publisher:
         """Seq of the last message published."""
         return self._base + self._count
 
-    def _send_special(self, value: Any, packed: bytes | None, size: int, headers: dict[str, Any] | None) -> int:
+    def _put_special(self, value: Any, packed: bytes | None, size: int, headers: dict[str, Any] | None) -> int:
         """A message with headers, or one so large that it travels alone and uncopied. Under the lock."""
         if size > MESSAGE_BYTES_MAX:
             raise MessageTooLarge(size, MESSAGE_BYTES_MAX)
@@ -247,7 +251,8 @@ class Outlet:
         self._window_frames = 0
         self._tick_messages = 0
         self._stalled_at = 0.0
-        self._no_patience_until = 0.0
+        self._no_patience_until = -inf
+        self._grudge = GRUDGE_MIN
         self._refusal: Exception | None = None
         self._sampled = (0, 0)
         self._frames_max = 0
@@ -298,7 +303,7 @@ class Outlet:
         self.messages += count
         self.frames += 1
         self.bytes += size
-        if not self.frames & 0xFF:
+        if not self.frames & 0xFF or self.bytes - self._sampled[0] > SAMPLE_BYTES:
             self._adapt()
         if self._pace == EAGER and count:
             if time - self._window_ns > BURST_NS:
@@ -381,7 +386,9 @@ class Outlet:
             if lossy:
                 self._socket.set(XPUB_NODROP, 0)
                 if time >= self._no_patience_until:
-                    self._no_patience_until = time + GRUDGE
+                    recent = time - self._no_patience_until < 2 * GRUDGE_MAX
+                    self._grudge = min(GRUDGE_MAX, self._grudge * 2) if recent else GRUDGE_MIN
+                    self._no_patience_until = time + self._grudge
             while self.backlog:
                 self._send(self.backlog[0])
                 self.backlog.popleft()

@@ -6,8 +6,8 @@ Events, for users:
     PeerChanged(peer, previous)   a joined peer says something new about itself: endpoints, claims, role …
     DuplicateName(name, origins)  several live nodes share a name; said once, until one of them leaves
 Actions, for the engine:
-    Dial(endpoint, origin, …)     connect a fresh DEALER there, replacing any, and send HELLO (origin None: a seed)
-    Greet(endpoint, origin, …)    send HELLO once more through the DEALER that is there
+    Dial(endpoint, origin)        connect a fresh DEALER there, replacing any, and send HELLO (origin None: a seed)
+    Greet(endpoint, origin)       send HELLO once more through the DEALER that is there
     HangUp(endpoint)              close the DEALER there, if any; report nothing more from it
     Forget(origin)                let go of all that is held for it (its PUB): it is not even awaited any more
 """
@@ -65,6 +65,11 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """When it was last heard, likewise; 0 before."""
 
 
+def timeless(peer: Peer) -> Peer:
+    """Only what the peer says about itself, so that saying it again compares equal."""
+    return msgspec.structs.replace(peer, joined_at=0.0, heard_at=0.0)
+
+
 # --- events ------------------------------------------------------------------------------------
 
 
@@ -104,16 +109,13 @@ class Dial(msgspec.Struct, frozen=True):
     endpoint: str
     origin: int | None
     """Who is expected there; None for a seed that has not answered yet."""
-    greeted: bool = False
-    """What to say in HELLO: whether we have had a HELLO from whom we ask."""
 
 
 class Greet(msgspec.Struct, frozen=True):
-    """Send HELLO once more through the DEALER to `endpoint`; `greeted` as in Dial."""
+    """Send HELLO once more through the DEALER to `endpoint`."""
 
     endpoint: str
     origin: int
-    greeted: bool
 
 
 class HangUp(msgspec.Struct, frozen=True):
@@ -137,7 +139,7 @@ Outputs = Sequence[Output]
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """What is known of one origin. Its `peer` has no times, so that what it says of itself compares equal."""
+    """What is known of one origin; `peer` is timeless."""
 
     peer: Peer
     link: str  # the endpoint our DEALER to it is for: one of its own, a hinted one, or a seed's
@@ -147,6 +149,7 @@ class Entry:
     dial_at: float = inf  # when to dial again; inf when there is nothing to dial for
     attempts: int = 0  # HELLOs sent since it last answered
     told_at: float = -inf  # our last HELLO
+    hinted: str = ""  # where else hearsay says it is: to be tried next
     hinted_at: float = -inf
     heard_at: float = -inf  # -inf: known from hearsay only
     joined_at: float = 0.0
@@ -154,6 +157,15 @@ class Entry:
 
     def snapshot(self) -> Peer:
         return msgspec.structs.replace(self.peer, joined_at=self.joined_at, heard_at=max(self.heard_at, 0.0))
+
+
+@dataclass(slots=True)
+class Seed:
+    """An endpoint given by the user: to be dialled until somebody answers, and again when they are gone."""
+
+    dial_at: float = 0.0
+    attempts: int = 0
+    origin: int | None = None  # who answered there last; may be this node itself
 
 
 class PeerTable:
@@ -193,11 +205,9 @@ class PeerTable:
 
     def place(self, entry: Entry, peer: Peer, link: str) -> None:
         """Set who an entry is and where it is dialled; nobody else is there."""
-        del self.entries[entry.peer.origin]
         self._clear(entry)
         entry.peer = peer
         entry.link = link
-        self.entries[peer.origin] = entry
         self._at[link] = self._at[peer.inbox] = peer.origin
 
     def remove(self, entry: Entry) -> None:
@@ -220,6 +230,9 @@ class PeerTable:
         self._gone[origin] = (until, reason)
         if len(self._gone) > GONE_MAX:
             del self._gone[next(iter(self._gone))]
+
+    def is_gone(self, origin: int) -> bool:
+        return origin in self._gone
 
     def why_gone(self, origin: int, now: float) -> Reason | None:
         """The reason, as long as it is remembered."""

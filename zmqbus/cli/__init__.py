@@ -1,0 +1,1 @@
+"""The command line. It only presents: what it shows comes from nodes."""
