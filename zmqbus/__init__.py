@@ -23,15 +23,20 @@ from zmqbus.errors import (
     ZmqbusError,
 )
 from zmqbus.net.keys import BusKey
+from zmqbus.node import RELEASE as __version__
+from zmqbus.node.aio import AsyncEventStream, AsyncNode, AsyncPublisher, AsyncSubscription
 from zmqbus.node.events import Event, EventStream, Undelivered, Warned
 from zmqbus.node.node import Node, Subscription
 from zmqbus.node.publishing import Publisher
-from zmqbus.protocol.peers import DuplicateName, Peer, PeerJoined, PeerLeft
 from zmqbus.protocol.message import Message
+from zmqbus.protocol.peers import DuplicateName, Peer, PeerJoined, PeerLeft
 from zmqbus.protocol.tracking import Gap
-from zmqbus.node import RELEASE as __version__
 
 __all__ = [
+    "AsyncEventStream",
+    "AsyncNode",
+    "AsyncPublisher",
+    "AsyncSubscription",
     "AuthError",
     "BusKey",
     "DecodeError",

@@ -95,8 +95,19 @@ def check_cursors(journal: Journal, committed: dict[str, int], uncertain: dict[s
 
 
 class Simulation:
-    def __init__(self, seed: int, *, steps: int = 40, lives: int = 4, retention: bool | None = None) -> None:
+    """Seeded lives of one machine. `plan`: what goes wrong at which file call, instead of what the seed says."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        steps: int = 40,
+        lives: int = 4,
+        retention: bool | None = None,
+        plan: dict[int, str] | None = None,
+    ) -> None:
         self.seed = seed
+        self.plan = plan
         self.rng = rng = Random(seed)
         self.steps = steps
         self.lives = lives
@@ -117,7 +128,9 @@ class Simulation:
     def run(self) -> Simulation:
         """Live `lives` times; between two lives the process is killed or the power fails, anywhere."""
         for _ in range(self.lives):
-            if self.rng.random() < 0.8:
+            if self.plan is not None:  # told what goes wrong in the first life; the second must go well
+                self.disk.plan, self.plan = self.plan, {}
+            elif self.rng.random() < 0.8:
                 self.disk.plan[self.disk.calls + self.rng.randint(1, 90)] = self.rng.choice(
                     ("cut", "cut", "cut", "cut", "short", "EIO", "ENOSPC")
                 )
@@ -194,7 +207,7 @@ class Simulation:
             if journal.first_offset == 0 and publisher.acked:
                 first = rng.randint(1, publisher.acked)
                 found = fetch(journal, publisher.topic, publisher.origin, first, publisher.acked, 1 << 30)
-                if found[0].first_seq > first or found[-1].last_seq < publisher.acked:
+                if not found or found[0].first_seq > first or found[-1].last_seq < publisher.acked:
                     raise Broken(f"fetch of #{first} to #{publisher.acked} found {found}")
 
     def publish(self, journal: Journal, publisher: Publisher) -> None:

@@ -190,6 +190,23 @@ async def test_budget_gives_other_work_a_turn(pair):
 
 
 @on_loop
+async def test_a_drain_that_asks_for_another_turn_gets_it(pair):
+    """Even when the socket is empty: a drain may keep work of its own."""
+    _, right = pair
+    loop = asyncio.get_running_loop()
+    turns = []
+
+    def drain():
+        turns.append(len(turns))
+        return len(turns) < 5
+
+    watch = FdWatch(loop, right, drain)
+    await settled()
+    assert len(turns) == 5
+    watch.close()
+
+
+@on_loop
 async def test_an_exception_is_reported_and_survived(pair):
     left, right = pair
     reports = Reports()

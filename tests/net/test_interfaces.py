@@ -38,8 +38,7 @@ class Machine:
     def get_adapters(self) -> list[ifaddr.Adapter]:
         v6 = ifaddr.IP(("fe80::1", 0, 2), 64, "eth0")
         return [
-            ifaddr.Adapter(a.interface, a.interface, [v6, ifaddr.IP(a.ip, a.prefix_length, "")])
-            for a in self.addresses
+            ifaddr.Adapter(a.interface, a.interface, [v6, ifaddr.IP(a.ip, a.prefix_length, "")]) for a in self.addresses
         ]
 
     def up(self, names: Sequence[str]) -> set[str]:

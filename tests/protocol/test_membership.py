@@ -101,6 +101,13 @@ def test_who_greets_first_is_dialled_and_told_that_it_was_heard() -> None:
     assert m.welcomed(a, a.inbox, 10.2) == []
 
 
+def test_a_greeting_is_answered_by_a_dial_unless_one_is_under_way() -> None:
+    m, a = membership(), peer(A)
+    m.hint(A, a.inbox, 0.0)
+    assert m.greeted(a, 0.1) == []
+    assert m.greeted(a, 0.3) == [Dial(a.inbox, A)]  # the first came too early: it was not up yet
+
+
 def test_own_origin_is_nobody() -> None:
     m = membership()
     assert not m.hint(ME, "tcp://x:1", 1.0)
@@ -153,6 +160,17 @@ def test_seed_that_is_this_node_is_not_dialled_again() -> None:
     assert m.welcomed(peer(ME), "tcp://seed:1", 5.1) == [HangUp("tcp://seed:1")]
     assert run(m, 5.1, 1000.0) == []
     assert m.next_timer() is None
+
+
+def test_a_seed_is_not_dialled_beside_the_peer_that_is_there() -> None:
+    m, a = membership(seeds=["tcp://seed:1"]), peer(A)
+    m.hint(A, "tcp://seed:1", 0.0)
+    assert {o for _, o in run(m, 0.0, 10.0)} == {Dial("tcp://seed:1", A)}
+    m.welcomed(a, "tcp://seed:1", 10.0)
+    m.greeted(a, 10.0)
+    m.greeted(peer(A, "tcp://new:1"), 11.0)  # it moves away, but is known
+    m.welcomed(peer(A, "tcp://new:1"), "tcp://new:1", 11.1)
+    assert not dials(run(m, 11.0, 60.0, beating=(A,)))
 
 
 def test_two_ways_to_one_peer_leave_one_link() -> None:
@@ -275,6 +293,24 @@ def test_any_sign_of_life_brings_a_lost_peer_back(back: Callable[[Membership, Pe
     assert not dials(timed)  # the link made while it was lost gets time to prove itself
     m.welcomed(a, a.inbox, 65.0)
     assert not dials(run(m, 65.0, 100.0, beating=(A,)))
+
+
+def test_the_link_of_a_peer_that_is_back_is_dialled_anew_if_it_stays_unproven() -> None:
+    m, a = membership(), peer(A)
+    join(m, a, 0.0)
+    run(m, 0.0, 60.0)
+    m.heard(A, 60.0)
+    assert dials(run(m, 60.0, 66.0, beating=(A,)))[0] >= 60.0 + DIAL_S_MAX
+    assert m.joined == 1
+
+
+def test_a_lost_peer_that_greets_is_dialled_where_it_says_it_is() -> None:
+    m, a = membership(), peer(A)
+    join(m, a, 0.0)
+    run(m, 0.0, 60.0)
+    m.hint(A, "tcp://liar:1", 60.0)
+    assert dials(run(m, 60.0, 60.4), "tcp://liar:1")
+    assert m.greeted(a, 60.4)[:2] == [HangUp("tcp://liar:1"), Dial(a.inbox, A)]
 
 
 @pytest.mark.parametrize("reason", ["bye", "refused"])

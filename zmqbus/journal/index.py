@@ -240,4 +240,4 @@ def build_index(storage: Storage, segment: Segment) -> SealedIndex:
 def damage(segment: Segment, scanner: Scanner) -> JournalCorrupt:
     """The error for a scan that ended before the segment's last message."""
     reason = scanner.bad or "the segment ends before its last message"
-    return JournalCorrupt(segment.path, scanner.position, reason, scanner.next_offset)
+    return JournalCorrupt(segment.path, min(scanner.position, scanner.limit), reason, scanner.next_offset)

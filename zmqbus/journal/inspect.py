@@ -228,9 +228,7 @@ def verify(path: str, storage: Storage | None = None, progress: Progress | None 
 class Salvage:
     """Everything that is still good in one segment file, whatever state it is in. Reads it twice, changes nothing."""
 
-    def __init__(
-        self, storage: Storage, directory: str, name: str, uuid: bytes | None, following: int | None
-    ) -> None:
+    def __init__(self, storage: Storage, directory: str, name: str, uuid: bytes | None, following: int | None) -> None:
         self.storage = storage
         self.path = f"{directory}/{name}"
         self.findings: list[Finding] = []
@@ -309,9 +307,7 @@ class Salvage:
                     break
             reason = scanner.bad if not resumed else "records are destroyed"
             if not proof:
-                findings.append(
-                    Finding("torn", segment.path, bad, expected, "an unfinished tail, never acknowledged")
-                )
+                findings.append(Finding("torn", segment.path, bad, expected, "an unfinished tail, never acknowledged"))
                 return
             text = reason or "the segment ends before its last message"
             findings.append(Finding("damage", segment.path, bad, expected, f"{text}; {lost_to - expected} lost"))
@@ -428,9 +424,7 @@ def _repair_cursors(directory: Directory, now_ns: int) -> Generator[Finding, Non
     return cursors
 
 
-def _encode_header(
-    directory: Directory, base_offset: int, snapshot: bytes, created_ns: int, max_time_ns: int
-) -> bytes:
+def _encode_header(directory: Directory, base_offset: int, snapshot: bytes, created_ns: int, max_time_ns: int) -> bytes:
     return encode_segment_header(
         salt=int.from_bytes(directory.storage.random(4), "little"),
         uuid=directory.uuid,

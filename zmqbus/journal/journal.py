@@ -268,7 +268,7 @@ class Journal:
                 del self._pending[:taken]
                 self.buffered_bytes = sum(item[6] for item in self._pending) if self._pending else 0
         if ticket.rotate:
-            ticket.victims = self.retire(now_ns, room_for=self._segment_bytes)
+            ticket.victims = self.retire(now_ns)
         self._tickets.append(ticket)
         return ticket
 
@@ -316,8 +316,12 @@ class Journal:
                 refused += self._refuse(ticket.successor or NoSpace(self._directory.path, "no new segment"))
         return Commit([StreamSeq(s.topic, s.origin, seq) for s, seq in acked.items()], refused)
 
-    def retire(self, now_ns: int, *, room_for: int = 0) -> list[Segment]:
-        """Decide which segments retention removes, and stop serving them. Hand the result to `delete`."""
+    def retire(self, now_ns: int) -> list[Segment]:
+        """Decide which segments retention removes, and stop serving them. Hand the result to `delete`.
+
+        Happens by itself at each change of segments; call it now and then for the sake of age, and when `full`.
+        """
+        room_for = self._segment_bytes if self._rotating or self.full is not None else 0
         victims = self._retention.victims(
             self.segments, self.cursors.slowest(), now_ns, room_for=room_for, full=self.full is not None
         )

@@ -232,9 +232,7 @@ def remove_file(storage: Storage, path: str) -> None:
 
 META = "meta"
 LOCK = "LOCK"
-_UNUSABLE = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ELOOP, errno.EISDIR}
-)
+_UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ELOOP, errno.EISDIR})
 
 
 @contextlib.contextmanager

@@ -156,7 +156,7 @@ def _read_private(path: str | os.PathLike[str]) -> bytes:
         # O_NONBLOCK: opening a FIFO by mistake must not hang. It changes nothing for a regular file.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise KeyFileError(path, "not found; copy it from another node, or create it with 'zmqbus keygen'") from None
+        raise KeyFileError(path, f"not found; copy it from another node, or run: zmqbus keygen {path}") from None
     except (OSError, ValueError) as error:
         raise KeyFileError(path, f"cannot be read: {_reason(error)}") from None
     try:

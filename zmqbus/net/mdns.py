@@ -38,7 +38,7 @@ SERVICE_TYPE = "_zmqbus._tcp.local."
 
 ASKING_MAX = 16  # lookups under way for announcements that came incomplete; the next announcement asks again
 ASK_MS = 3000
-GOODBYE_S = 0.35  # three packets, 125 ms apart; `Discovery.close` promises 0.5 s in all
+GOODBYE_PAUSES_S = (0.0, 0.05)  # zeroconf's own takes 0.25 s; a goodbye is a courtesy that nobody relies on
 DEAF_S = 2.0  # we hear our own announcement within milliseconds, or never
 # Before each packet of an announcement. Three at once against loss, as is usual; the last because receivers drop a
 # packet equal to one of the last 0.8 s, and keep a replaced address beside the new until it is 1 s old, so that an
@@ -119,7 +119,8 @@ class Session:
         # From the first packet on: zeroconf remembers what it hears, and tells nobody of it a second time.
         aio.zeroconf.async_add_listener(self._listener, None)
         try:
-            await aio.zeroconf.async_wait_for_start()
+            # Shielded, because whoever is cancelled in there cancels what `async_close` waits for.
+            await asyncio.shield(aio.zeroconf.async_wait_for_start())
             self._confine(aio.zeroconf)
             await self._join(aio)
             await self._browse(aio, None)
@@ -157,7 +158,7 @@ class Session:
         return not self._heard_ourselves and clock.now() - self._announced_at > DEAF_S
 
     async def close(self, *, goodbye: bool) -> None:
-        """Stop, at most GOODBYE_S later. Safe at any stage of `open`, and twice."""
+        """Stop; 50 ms later if with a goodbye. Safe at any stage of `open`, and twice."""
         aio, self._aio = self._aio, None
         if aio is None:
             return
@@ -171,10 +172,10 @@ class Session:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            if goodbye:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(GOODBYE_S):
-                        await aio.async_unregister_all_services()
+            if goodbye and (out := aio.zeroconf.generate_unregister_all_services()) is not None:
+                for pause in GOODBYE_PAUSES_S:
+                    await asyncio.sleep(pause)
+                    aio.zeroconf.async_send(out)
         finally:
             aio.zeroconf.registry.async_remove(self._info)  # what is not registered gets no goodbye
             await aio.async_close()
@@ -214,9 +215,7 @@ class Session:
         """Ask who is there. The browser only asks: it is silent about repeated announcements, `_Listener` is not."""
         if self._browser is not None:
             await self._browser.async_cancel()
-        self._browser = AsyncServiceBrowser(
-            aio.zeroconf, SERVICE_TYPE, handlers=[_ignore], question_type=question_type
-        )
+        self._browser = AsyncServiceBrowser(aio.zeroconf, SERVICE_TYPE, handlers=[_ignore], question_type=question_type)
 
     def _announce(self, aio: AsyncZeroconf) -> None:
         async def send() -> None:

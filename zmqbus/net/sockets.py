@@ -51,6 +51,7 @@ Refused = zmq.ZMQError
 NOBLOCK = zmq.NOBLOCK
 SNDMORE = zmq.SNDMORE
 FD = zmq.FD
+EVENTS = zmq.EVENTS
 RCVMORE = zmq.RCVMORE
 RCVHWM = zmq.RCVHWM
 SNDHWM = zmq.SNDHWM
@@ -92,9 +93,7 @@ _HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 
-NO_KEY = (
-    "without a bus key zmqbus stays on this machine: create one with 'zmqbus keygen FILE' and pass --key-file/key="
-)
+NO_KEY = "without a bus key zmqbus stays on this machine: create one with 'zmqbus keygen FILE' and pass --key-file/key="
 
 
 class SocketFactory:
@@ -300,11 +299,14 @@ class SocketFactory:
         """
         return self._monitor(socket, _HANDSHAKE_FAILED)
 
-    def close_monitored(self, socket: Socket, monitor: Socket) -> None:
-        """Close a socket and its monitor, in the one order that cannot freeze the context."""
+    def close_monitored(self, socket: Socket, monitor: Socket, linger_ms: int = 0) -> None:
+        """Close a socket and its monitor, in the one order that cannot freeze the context.
+
+        What is unsent is tried for another `linger_ms`, in the background; `close` of the factory waits for that.
+        """
         if not socket.closed:
             socket.disable_monitor()
-            socket.close()
+            socket.close(linger_ms)
         monitor.close()
 
     def probe(self, endpoint: str, role: Role, pair: CurvePair | None) -> tuple[Socket, Socket]:

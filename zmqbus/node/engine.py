@@ -8,12 +8,13 @@ together. No message passes through it: publishing is `publishing.py`, on the ca
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket as system
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from zmqbus.errors import (
     ForkedProcess,
@@ -26,12 +27,12 @@ from zmqbus.errors import (
 )
 from zmqbus.net.clock import now, time_ns
 from zmqbus.net.discovery import check_bus
-from zmqbus.net.interfaces import is_loopback
-from zmqbus.net.interfaces import resolve_interface
+from zmqbus.net.interfaces import is_loopback, resolve_interface
 from zmqbus.net.keys import BusKey
 from zmqbus.net.sockets import SocketFactory, parse_endpoint
 from zmqbus.net.zap import ZapHandler, stranger_is_refused
-from zmqbus.node.events import Event, EventStream, Undelivered, Warned
+from zmqbus.node import RELEASE
+from zmqbus.node.events import Event, Undelivered, Warned
 from zmqbus.node.intake import Intake
 from zmqbus.node.links import Inbox
 from zmqbus.node.peering import Peering
@@ -43,7 +44,6 @@ from zmqbus.protocol.history import HISTORY_BYTES_MAX
 from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.topics import check_pattern, covering_prefixes
 from zmqbus.protocol.tracking import Fetch, Gap
-from zmqbus.node import RELEASE
 
 HEARTBEAT_PERIOD = 1.0
 IDLE_PERIOD = 0.1  # how often to look for streams that fell idle, whose HEAD is due
@@ -111,6 +111,16 @@ class Config(NamedTuple):
         return cls(name, bus, key, interface, tuple(peers), discovery != "static", size)
 
 
+class Listener(Protocol):
+    """Who is told of events, from any thread."""
+
+    def put(self, event: Event) -> None:
+        """Something happened."""
+
+    def close(self) -> None:
+        """The node is closed."""
+
+
 class Engine:
     """The control side of one node."""
 
@@ -130,7 +140,7 @@ class Engine:
         self._factory = SocketFactory(config.key)
         self._zap: ZapHandler | None = None
         self._inbox: Inbox | None = None
-        self._streams: list[EventStream] = []
+        self._listeners: tuple[Listener, ...] = ()
         self._numbers = 0
         self._heartbeats = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -202,7 +212,8 @@ class Engine:
         deadline = now() + timeout
         while not outlet.push() and now() < deadline:
             await asyncio.sleep(TICK)
-        late = await self.peering.leave(max(0.0, deadline - now()))
+        late = await self.peering.registry.leave(max(0.0, deadline - now()))
+        undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
         outlet.refuse(self.refusal)
         for intake in list(self.intakes.values()):
             intake.close(self.refusal)
@@ -214,10 +225,10 @@ class Engine:
         outlet.close(LINGER_MS)
         if self._zap is not None:
             self._zap.close()
-        for stream in list(self._streams):
-            stream.close()
+        for listener in self._listeners:
+            listener.close()
         await self._loop.run_in_executor(None, self._factory.close)  # waits for the linger
-        return [Undelivered(peer.name, peer.origin) for peer in late]
+        return undelivered
 
     def forked(self) -> None:
         """In a forked child: everything here is the parent's."""
@@ -290,14 +301,15 @@ class Engine:
         self.intakes[intake.number] = intake
         intake.connect(self._factory, self._own_pub)
         intake.heads(self.origin, self.heads(intake.patterns), more=False)
-        self.peering.declare(intake)
-        await self.peering.until(lambda: self.peering.registered(intake), REGISTER_TIMEOUT)
+        self.peering.connect(intake)
+        registry = self.peering.registry
+        await registry.until(lambda: registry.registered(intake), REGISTER_TIMEOUT)
         return intake
 
     async def unsubscribe(self, intake: Intake) -> None:
         """Close a subscription."""
         if self.intakes.pop(intake.number, None) is not None:
-            self.peering.withdraw(intake.number)
+            self.peering.registry.withdraw(intake.number)
         intake.close()
 
     def _sources(self, topic: str, origin: int) -> Sequence[int]:
@@ -342,7 +354,7 @@ class Engine:
 
     def settled(self, intake: Intake, origin: int) -> None:
         """A subscription has all that a leaving peer owed it."""
-        self._soon(self.peering.settled, intake.number, origin)
+        self._soon(self.peering.registry.settled, intake.number, origin)
 
     def garbage(self, error: RemoteProtocolError) -> None:
         """A peer sent something undecodable."""
@@ -350,10 +362,8 @@ class Engine:
         self.emit(Warned(str(error)))
 
     def _soon(self, work: Callable[..., object], *arguments: object) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and so is the node
             self._loop.call_soon_threadsafe(work, *arguments)
-        except RuntimeError:  # the loop is closed: so is the node
-            pass
 
     # --- what peers want -------------------------------------------------------------------------
 
@@ -379,7 +389,7 @@ class Engine:
             case commands.Stats():
                 topics = self.outlet.topics(body.skip, TOPICS_PER_STATS) if body.topics else []
                 more = len(topics) == TOPICS_PER_STATS
-                statistics: dict[str, int | float | str] = dict(self._statistics())
+                statistics: dict[str, int | float | str] = dict(self.counters())
                 self._inbox.answer(identity, commands.Statistics(statistics, topics, more), command.request)
             case _:
                 error = commands.Error("unexpected", f"{type(body).__name__} makes no sense here")
@@ -393,21 +403,22 @@ class Engine:
 
     async def wait_for_peers(self, n: int, timeout: float | None) -> list[Peer]:
         """Wait until there are at least `n`."""
-        if not await self.peering.until(lambda: len(self.peering.peers()) >= n, timeout):
+        if not await self.peering.registry.until(lambda: len(self.peering.peers()) >= n, timeout):
             raise WaitTimeout("peer(s)", len(self.peering.peers()), n, timeout or 0.0)
         return self.peering.peers()
 
     async def wait_for_subscribers(self, topic: str, n: int, timeout: float | None) -> int:
         """Wait until a topic has at least `n` subscriptions."""
-        if not await self.peering.until(lambda: self.peering.subscribers(topic) >= n, timeout):
-            raise WaitTimeout(f"subscriber(s) of {topic}", self.peering.subscribers(topic), n, timeout or 0.0)
-        return self.peering.subscribers(topic)
+        if not await self.peering.registry.until(lambda: self.peering.registry.subscribers(topic) >= n, timeout):
+            raise WaitTimeout(f"subscriber(s) of {topic}", self.peering.registry.subscribers(topic), n, timeout or 0.0)
+        return self.peering.registry.subscribers(topic)
 
     async def statistics(self) -> dict[str, int | float]:
         """Counters since start."""
-        return self._statistics()
+        return self.counters()
 
-    def _statistics(self) -> dict[str, int | float]:
+    def counters(self) -> dict[str, int | float]:
+        """Counters since start."""
         outlet = self.outlet
         trackers = [intake.tracker for intake in self.intakes.values()]
         return {
@@ -450,16 +461,15 @@ class Engine:
 
     # --- events, from any thread -----------------------------------------------------------------
 
-    def events(self) -> EventStream:
-        """A new listener."""
-        stream = EventStream(self._forget_stream)
-        self._streams = [*self._streams, stream]
-        return stream
+    def add_listener(self, listener: Listener) -> None:
+        """Tell it of every event from now on."""
+        self._listeners = (*self._listeners, listener)
+
+    def forget_listener(self, listener: Listener) -> None:
+        """No longer."""
+        self._listeners = tuple(other for other in self._listeners if other is not listener)
 
     def emit(self, event: Event) -> None:
         """Tell every listener."""
-        for stream in self._streams:
-            stream.put(event)
-
-    def _forget_stream(self, stream: EventStream) -> None:
-        self._streams = [other for other in self._streams if other is not stream]
+        for listener in self._listeners:
+            listener.put(event)

@@ -20,7 +20,7 @@ import msgspec
 
 from zmqbus.errors import DecodeError, ForkedProcess, GapError, NodeClosed, RemoteProtocolError
 from zmqbus.net.clock import now
-from zmqbus.net.sockets import FD, NOBLOCK, RCVHWM, RCVMORE, Again, Socket, SocketFactory
+from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVHWM, RCVMORE, Again, Socket, SocketFactory
 from zmqbus.protocol.frames import DATA, EXTERNAL, HEAD, HEADER_BYTES, Batch, ValueDecoder, parse_header
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.tracking import SETTLED, Fetch, Gap, Tracker
@@ -74,6 +74,7 @@ class Intake:
         self.closed: Exception | None = None
         self.tracker = Tracker(patterns, sources, history=history)
         self.wake = wake
+        self.before_close: Callable[[], None] = lambda: None  # on the engine's thread, while the socket is still there
         self._driver = driver
         self._inbox: deque[Callable[[], None]] = deque()
         self._decoder = ValueDecoder(value_type)
@@ -125,9 +126,13 @@ class Intake:
         """A node that may be asked for repairs has come (back)."""
         self.post(lambda: self.tracker.sources_changed(now()))
 
-    def origin_leaving(self, origin: int) -> None:
-        """A publisher said BYE, and will answer fetches until told that all is settled."""
+    def origin_leaving(self, origin: int) -> bool:
+        """A publisher said BYE, after its last HEADS. True: all of it is here; else `settled` is told when it is."""
+        with self.lock:
+            if not self.tracker.behind(origin):
+                return True
         self.post(lambda: self._leaving.add(origin))
+        return False
 
     def origin_gone(self, origin: int) -> None:
         """A publisher is no longer there to be asked."""
@@ -147,6 +152,7 @@ class Intake:
             if self.closed is None:
                 self.closed = reason or NodeClosed("the subscription is closed")
                 if not forked:
+                    self.before_close()
                     self.socket.close(0)
         if not forked:
             self.wake()
@@ -200,6 +206,11 @@ class Intake:
             except RemoteProtocolError as error:
                 self._driver.garbage(error)
 
+    def calm(self) -> None:
+        """Take back the FD's signal when nobody reads the socket now: a loop would spin on it."""
+        if self.closed is None:
+            self.socket.get(EVENTS)
+
     def state(self) -> str:
         """For people."""
         tracker = self.tracker
@@ -248,7 +259,15 @@ class Intake:
         return False
 
     def _decode(
-        self, topic: str, parts: tuple[bytes, ...], cut: int, flags: int, size: int, origin: int, first: int, time: int
+        self,
+        topic: str,
+        parts: tuple[bytes, ...],
+        cut: int,
+        flags: int,
+        size: int,
+        origin: int,
+        first: int,
+        time: int,
     ) -> bool:
         """The ordinary batch, without making a Batch of it. Returns whether there are `items`."""
         if not flags:

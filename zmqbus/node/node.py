@@ -8,6 +8,8 @@ engine's thread while the caller waits.
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import os
 import select
 import threading
@@ -25,8 +27,8 @@ from zmqbus.node.engine import Config, Engine
 from zmqbus.node.events import EventStream, Undelivered
 from zmqbus.node.intake import Intake
 from zmqbus.node.publishing import Publisher
-from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.message import Message
+from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.tracking import Gap
 
 T = TypeVar("T")
@@ -233,10 +235,8 @@ class Node:
 
     def _unsubscribe(self, intake: Intake) -> None:
         if intake.closed is None and not self._closed:
-            try:
+            with contextlib.suppress(NodeClosed):
                 self._call(self._engine.unsubscribe(intake))
-            except NodeClosed:
-                pass
 
     # --- the bus ---------------------------------------------------------------------------------
 
@@ -277,7 +277,9 @@ class Node:
 
     def events(self) -> EventStream:
         """What happens from now on: PeerJoined, PeerLeft, DuplicateName, Gap, Warned."""
-        return self._engine.events()
+        stream = EventStream(self._engine.forget_listener)
+        self._engine.add_listener(stream)
+        return stream
 
     def statistics(self) -> dict[str, int | float]:
         """Counters since start, by name."""
@@ -286,7 +288,7 @@ class Node:
     # --- the end ---------------------------------------------------------------------------------
 
     def close(self, timeout: float = CLOSE_TIMEOUT) -> list[Undelivered]:
-        """Leave the bus: send what is gathered, and answer repairs until every subscriber has all, or `timeout` is over.
+        """Leave the bus: send what is gathered, and answer repairs until all subscribers have all, or for `timeout`.
 
         Returns the subscribers that had not confirmed everything by then. May be called twice.
         """
@@ -361,4 +363,10 @@ def _after_fork() -> None:
     _nodes.clear()
 
 
+def _at_exit() -> None:
+    for node in list(_nodes):
+        node.close()
+
+
 os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)  # a script that just ends has published what it published

@@ -1,4 +1,4 @@
-"""Who is there and how to reach them: HELLO, WELCOME and BYE, links, heartbeats, and who wants what.
+"""Who is there and how to reach them: discovery, HELLO and WELCOME, links, and heartbeats.
 
 The decisions are `Membership`'s; this performs them with sockets. All of it runs on the engine's loop.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Protocol
 
 from zmqbus.errors import RemoteProtocolError, SetupError
 from zmqbus.net.adapter import FdWatch
@@ -19,8 +19,9 @@ from zmqbus.net.sockets import NOBLOCK, Again, SocketFactory, parse_endpoint
 from zmqbus.node.events import Event, Warned
 from zmqbus.node.intake import Intake
 from zmqbus.node.links import Inbox, Link
+from zmqbus.node.registry import ASK_AGAIN, Registry, Streams
 from zmqbus.protocol import commands
-from zmqbus.protocol.commands import HEADS_PER_COMMAND, PEERS_PER_HELLO, Body, Command, Hello, Welcome
+from zmqbus.protocol.commands import PEERS_PER_HELLO, Command, Hello, Welcome
 from zmqbus.protocol.frames import HEARTBEAT, HEARTBEAT_PREFIX, VERSION, parse_header
 from zmqbus.protocol.membership import Membership
 from zmqbus.protocol.peers import (
@@ -36,18 +37,15 @@ from zmqbus.protocol.peers import (
     PeerLeft,
     State,
 )
-from zmqbus.protocol.topics import Matcher
 
 HELLO_TIMEOUT = 10.0
-ASK_AGAIN = 1.0  # seconds after which an unanswered SUBSCRIBE is repeated
 HEARTBEATS_MAX = 100_000  # unread frames on the control SUB: 4096 peers for 24 s
 ADDRESS_POLL = 2.0
 REFRESH_MIN, REFRESH_MAX = 30.0, 60.0  # how often to announce and browse anew
 REFRESH_SOON = 2.0  # after a peer fell silent
-LEAVE_PATIENCE = 5.0  # a leaving peer waits no longer than this for our subscriptions to have all
 
 
-class Host(Protocol):
+class Host(Streams, Protocol):
     """What peering needs of its engine."""
 
     intakes: dict[int, Intake]
@@ -55,26 +53,8 @@ class Host(Protocol):
     def emit(self, event: Event) -> None:
         """Something happened."""
 
-    def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
-        """Topic and next seq of our own streams that fit."""
-
     def serve(self, identity: bytes, command: Command) -> None:
         """A command that is not about peering."""
-
-
-class Interest:
-    """What one peer subscribed to here."""
-
-    def __init__(self) -> None:
-        self.subscriptions: dict[int, tuple[list[str], Matcher]] = {}
-
-    def put(self, number: int, patterns: list[str]) -> None:
-        """A subscription, new or changed."""
-        self.subscriptions[number] = (patterns, Matcher(patterns))
-
-    def count(self, topic: str) -> int:
-        """How many subscriptions a topic fits."""
-        return sum(matcher.matches(topic) for _, matcher in self.subscriptions.values())
 
 
 class Peering:
@@ -99,22 +79,19 @@ class Peering:
         ports: tuple[int, int],
     ) -> None:
         self.origin = origin
-        self.inbox: Inbox | None = None
+        self.inbox: Inbox  # set when the node opens
         self.links: dict[int, Link] = {}  # by origin: peers that answered
-        self.interests: dict[int, Interest] = {origin: Interest()}
+        self.registry = Registry(origin, loop, host, self.links, host.intakes, self.joined, self._took_leave)
         self._host = host
         self._loop = loop
         self._factory = factory
         self._bus = bus
         self._inbox_port, self._pub_port = ports
-        self._who = {"name": name, "epoch": epoch, "host": hostname, "pid": pid, "release": release}
+        self._who: dict[str, Any] = {"name": name, "epoch": epoch, "host": hostname, "pid": pid, "release": release}
         self._membership = Membership(origin, name=name, seeds=seeds, jitter=random.random)
         self._dialled: dict[str, Link] = {}  # by endpoint
         self._pubs: dict[int, str] = {}  # which PUB of a peer our SUBs are connected to
         self._guests: dict[bytes, int] = {}  # by routing identity on our inbox
-        self._asked_at: dict[tuple[int, int], float] = {}  # (origin, subscription): SUBSCRIBE sent, HEADS not complete
-        self._leaving: dict[int, tuple[bytes, int, set[int]]] = {}  # BYE: identity, request, intakes to wait for
-        self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,18 +117,24 @@ class Peering:
 
     def start(self, inbox: Inbox) -> None:
         """Begin to look for others, and to be found."""
-        self.inbox = inbox
+        self.inbox = self.registry.inbox = inbox
         if self._discovery is not None:
             self._spawn(self._discovery.start())
             self._refresh_at = now() + random.uniform(REFRESH_MIN, REFRESH_MAX)
         self._perform(self._membership.tick(now()))
         self._every(ADDRESS_POLL, self._poll_addresses)
-        self._every(ASK_AGAIN, self._ask_again)
+        self._every(ASK_AGAIN, self.registry.ask_again)
 
     @property
     def address(self) -> str:
         """The one of our addresses to show."""
         return next(iter(self._addresses.addresses), "127.0.0.1")
+
+    def connect(self, intake: Intake) -> None:
+        """Connect a new subscription to every publisher, and have it registered there."""
+        for pub in self._pubs.values():
+            intake.connect(self._factory, pub)
+        self.registry.declare(intake)
 
     # --- questions -------------------------------------------------------------------------------
 
@@ -163,86 +146,6 @@ class Peering:
         """Whether a peer can be asked now."""
         link = self.links.get(origin)
         return link is not None and self._membership.state(origin) is State.JOINED
-
-    def subscribers(self, topic: str) -> int:
-        """Subscriptions here and at the joined peers that a topic fits."""
-        return sum(
-            interest.count(topic)
-            for origin, interest in self.interests.items()
-            if origin == self.origin or self.joined(origin)
-        )
-
-    async def until(self, condition: Callable[[], bool], timeout: float | None) -> bool:
-        """Wait until a condition on peers, subscribers or registrations holds. False: it did not in time."""
-        if condition():
-            return True
-        future: asyncio.Future[None] = self._loop.create_future()
-        entry = (condition, future)
-        self._waiters.append(entry)
-        try:
-            async with asyncio.timeout(timeout):
-                await future
-        except TimeoutError:
-            return condition()
-        finally:
-            self._waiters.remove(entry)
-        return True
-
-    def changed(self) -> None:
-        """Something that `until` may wait for has changed."""
-        for condition, future in self._waiters:
-            if not future.done() and condition():
-                future.set_result(None)
-
-    # --- our subscriptions -----------------------------------------------------------------------
-
-    def declare(self, intake: Intake) -> None:
-        """Connect a new subscription to every publisher, and have it registered there."""
-        self.interests[self.origin].put(intake.number, intake.patterns)
-        for pub in self._pubs.values():
-            intake.connect(self._factory, pub)
-        for link in self.links.values():
-            self._subscribe(link, intake)
-        self.changed()
-
-    def registered(self, intake: Intake) -> bool:
-        """Whether every peer that can be reached has answered with HEADS."""
-        return all(intake.tracker.knows(origin) for origin in self.links if self.joined(origin))
-
-    def withdraw(self, number: int) -> None:
-        """A subscription is closed."""
-        self.interests[self.origin].subscriptions.pop(number, None)
-        for origin, link in self.links.items():
-            self._asked_at.pop((origin, number), None)
-            link.declared.discard(number)
-            link.send(commands.Unsubscribe(number))
-
-    def settled(self, number: int, origin: int) -> None:
-        """A subscription has all that a leaving peer owed it."""
-        if origin in self._leaving:
-            identity, request, waiting = self._leaving[origin]
-            waiting.discard(number)
-            if not waiting:
-                del self._leaving[origin]
-                assert self.inbox is not None
-                self.inbox.answer(identity, commands.Bye(), request)
-                self._perform(self._membership.bye(origin, now()))
-
-    def _subscribe(self, link: Link, intake: Intake) -> None:
-        assert link.origin is not None
-        self._asked_at[link.origin, intake.number] = now()
-        if link.send(commands.Subscribe(intake.number, intake.patterns)):
-            link.declared.add(intake.number)
-
-    def _ask_again(self) -> None:
-        """Repeat what a broken connection may have swallowed."""
-        due = now() - ASK_AGAIN
-        for (origin, number), at in list(self._asked_at.items()):
-            link, intake = self.links.get(origin), self._host.intakes.get(number)
-            if link is None or intake is None:
-                del self._asked_at[origin, number]
-            elif at <= due and self.joined(origin):
-                self._subscribe(link, intake)
 
     # --- what membership decides -----------------------------------------------------------------
 
@@ -261,8 +164,6 @@ class Peering:
                 case PeerJoined(peer=peer):
                     for intake in self._host.intakes.values():
                         intake.sources_changed()
-                        if (link := self.links.get(peer.origin)) and not intake.tracker.knows(peer.origin):
-                            self._subscribe(link, intake)
                     self._host.emit(output)
                 case PeerLeft(peer=peer, reason=reason):
                     self._left(peer, reason)
@@ -272,7 +173,7 @@ class Peering:
                         self._connect_pub(self.links[peer.origin])
                 case DuplicateName():
                     self._host.emit(output)
-        self.changed()
+        self.registry.changed()
         self._rearm()
 
     def _rearm(self) -> None:
@@ -311,14 +212,13 @@ class Peering:
 
     def _forget(self, origin: int) -> None:
         self._disconnect_pub(origin)
-        self.interests.pop(origin, None)
+        self.registry.forget(origin)
         for identity in [identity for identity, guest in self._guests.items() if guest == origin]:
             del self._guests[identity]
         for intake in self._host.intakes.values():
             intake.forget(origin)
 
     def _left(self, peer: Peer, reason: str) -> None:
-        self._leaving.pop(peer.origin, None)
         if reason == "silent":
             self._refresh_at = min(self._refresh_at, now() + REFRESH_SOON * random.uniform(0.5, 1.5))
         else:
@@ -327,10 +227,10 @@ class Peering:
 
     # --- HELLO and WELCOME -----------------------------------------------------------------------
 
-    def _introduction(self, kind: type[Hello], **more: object) -> Hello:
+    def _introduction(self, kind: type[Hello], **more: Any) -> Hello:
         inbox = [f"tcp://{address}:{self._inbox_port}" for address in self._addresses.addresses[:64]]
         known = self._membership.known_endpoints(PEERS_PER_HELLO)
-        return kind(  # type: ignore[arg-type, call-arg]
+        return kind(
             origin=self.origin, bus=self._bus, inbox=inbox, pub_port=self._pub_port, peers=known, **self._who, **more
         )
 
@@ -358,21 +258,19 @@ class Peering:
         link.pub = f"tcp://{parse_endpoint(link.endpoint)[0]}:{body.pub_port}"
         endpoints = self._candidates(body) or [link.endpoint]  # what it says may not be reachable: it was dialled here
         outputs = self._membership.welcomed(self._peer(body, endpoints, link.pub), link.endpoint, now())
-        if body.origin != self.origin and not any(isinstance(o, HangUp) and o.endpoint == link.endpoint for o in outputs):
+        taken = self._membership.state(body.origin) in (State.SEEN, State.JOINED)
+        if taken and HangUp(link.endpoint) not in outputs:
             link.origin = body.origin
             self.links[body.origin] = link
             self._connect_pub(link)
-            for number in self._host.intakes:
-                if number in link.declared:
-                    self._asked_at.setdefault((body.origin, number), now())
+            for intake in self._host.intakes.values():
+                intake.sources_changed()  # it may have joined before this link stood: by a heartbeat, back from silence
         self._perform(outputs)
-        for intake in self._host.intakes.values():
-            if link.origin is not None and intake.number not in link.declared:
-                self._subscribe(link, intake)
+        if link.origin is not None:
+            self.registry.introduced(link)
         self._hints(body)
 
     def _greeted(self, identity: bytes, command: Command, body: Hello) -> None:
-        assert self.inbox is not None
         if body.bus != self._bus:
             self.inbox.answer(identity, commands.Error("bus", f"this is bus {self._bus!r}"), command.request)
             return
@@ -387,12 +285,8 @@ class Peering:
             for stale in [key for key, guest in self._guests.items() if guest == body.origin]:
                 del self._guests[stale]
             self._guests[identity] = body.origin
-            interest = self.interests[body.origin] = Interest()
-            for subscribed in body.subscriptions:
-                interest.put(subscribed.id, subscribed.patterns)
         self.inbox.answer(identity, self._introduction(Welcome), command.request)
-        for subscribed in body.subscriptions:
-            self._answer_heads(identity, command.request, subscribed.id, subscribed.patterns)
+        self.registry.on_hello(identity, body.origin, command.request, body.subscriptions)
         endpoints = self._candidates(body)
         if endpoints:
             pub = f"tcp://{parse_endpoint(endpoints[0])[0]}:{body.pub_port}"
@@ -451,80 +345,28 @@ class Peering:
         if isinstance(body, Hello) and not isinstance(body, Welcome):
             self._greeted(identity, command, body)
             return
-        assert self.inbox is not None
         origin = self._guests.get(identity)
         if origin is None:
             self.inbox.answer(identity, commands.Error("hello", "say HELLO first"), command.request)
-            return
-        match body:
-            case commands.Subscribe():
-                interest = self.interests.setdefault(origin, Interest())
-                if len(interest.subscriptions) >= commands.SUBSCRIPTIONS_MAX and body.id not in interest.subscriptions:
-                    error = commands.Error("limit", f"at most {commands.SUBSCRIPTIONS_MAX} subscriptions")
-                    self.inbox.answer(identity, error, command.request)
-                    return
-                interest.put(body.id, body.patterns)
-                self._answer_heads(identity, command.request, body.id, body.patterns)
-                self.changed()
-            case commands.Unsubscribe():
-                if origin in self.interests:
-                    self.interests[origin].subscriptions.pop(body.id, None)
-            case commands.Heads():
-                self._heads(origin, body)
-            case commands.Bye():
-                self._bye(identity, origin, command.request)
-            case _:
-                self._host.serve(identity, command)
+        elif not self.registry.on_command(identity, origin, command):
+            self._host.serve(identity, command)
 
     def _on_answer(self, link: Link, command: Command) -> None:
         """Something came back that no question waits for."""
         body = command.body
         if isinstance(body, commands.Heads) and link.origin is not None:
-            self._heads(link.origin, body)
+            self.registry.on_heads(link.origin, body)
         elif isinstance(body, commands.Error) and body.code == "hello":
             self._hello(link)  # it lost sight of us, perhaps by a reconnect
 
-    def _heads(self, origin: int, body: commands.Heads) -> None:
-        intake = self._host.intakes.get(body.id)
-        if intake is not None:
-            intake.heads(origin, body.heads, body.more)
-            if not body.more:
-                self._asked_at.pop((origin, body.id), None)
-                self.changed()
-
-    def _answer_heads(self, identity: bytes, request: int, number: int, patterns: list[str]) -> None:
-        assert self.inbox is not None
-        for body in self._heads_bodies(number, patterns):
-            self.inbox.answer(identity, body, request)
-
-    def _heads_bodies(self, number: int, patterns: list[str]) -> list[commands.Heads]:
-        heads = self._host.heads(patterns)
-        starts = range(0, max(1, len(heads)), HEADS_PER_COMMAND)
-        return [
-            commands.Heads(number, heads[at : at + HEADS_PER_COMMAND], at + HEADS_PER_COMMAND < len(heads))
-            for at in starts
-        ]
-
-    def _bye(self, identity: bytes, origin: int, request: int) -> None:
-        intakes = set(self._host.intakes)
-        self._leaving[origin] = (identity, request, intakes)
-        if not intakes:
-            intakes.add(-1)
-            self.settled(-1, origin)
-            return
-        for intake in self._host.intakes.values():
-            intake.origin_leaving(origin)
-        self._loop.call_later(LEAVE_PATIENCE, self._leave_anyway, origin)
-
-    def _leave_anyway(self, origin: int) -> None:
-        if origin in self._leaving:
-            del self._leaving[origin]
-            self._perform(self._membership.bye(origin, now()))
+    def _took_leave(self, origin: int) -> None:
+        self._perform(self._membership.bye(origin, now()))
 
     # --- PUBs and heartbeats ---------------------------------------------------------------------
 
     def _connect_pub(self, link: Link) -> None:
-        assert link.origin is not None and link.pub is not None
+        assert link.origin is not None
+        assert link.pub is not None
         if self._pubs.get(link.origin) == link.pub:
             return
         self._disconnect_pub(link.origin)
@@ -563,7 +405,7 @@ class Peering:
         """A peer is back from silence: hear from it what was missed."""
         if (link := self.links.get(origin)) is not None:
             for intake in self._host.intakes.values():
-                self._subscribe(link, intake)
+                self.registry.subscribe(link, intake)
 
     # --- the network under us --------------------------------------------------------------------
 
@@ -591,35 +433,12 @@ class Peering:
 
         self._timers.append(self._loop.call_later(seconds, again))
 
-    def _spawn(self, work: object) -> None:
-        task = self._loop.create_task(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     # --- the end ---------------------------------------------------------------------------------
-
-    async def leave(self, timeout: float) -> list[Peer]:
-        """Say BYE to every peer; returns those with subscriptions that had not confirmed all within `timeout`."""
-        waiting: dict[int, asyncio.Future[None]] = {}
-        for origin, link in self.links.items():
-            if not self.joined(origin):
-                continue
-            interest = self.interests.get(origin)
-            for number, (patterns, _) in interest.subscriptions.items() if interest else ():
-                for body in self._heads_bodies(number, patterns):
-                    link.send(body)
-            done: asyncio.Future[None] = self._loop.create_future()
-
-            def answered(command: Command | None, done: asyncio.Future[None] = done) -> None:
-                if not done.done() and command is not None and isinstance(command.body, commands.Bye):
-                    done.set_result(None)
-
-            if link.ask(commands.Bye(), answered, timeout + 1) and interest and interest.subscriptions:
-                waiting[origin] = done
-        if waiting:
-            await asyncio.wait(waiting.values(), timeout=timeout)
-        late = [origin for origin, done in waiting.items() if not done.done()]
-        return [peer for peer in self.peers() if peer.origin in late]
 
     async def close(self) -> None:
         """Let go of everything."""
@@ -631,14 +450,10 @@ class Peering:
             await self._discovery.close()
         for task in list(self._tasks):
             task.cancel()
-        for _, future in self._waiters:
-            if not future.done():
-                future.cancel()
+        self.registry.close()
         for link in list(self._dialled.values()):
             link.close(linger_ms=100)
         self._dialled.clear()
         self.links.clear()
         self._control_watch.close()
         self._control.close(0)
-
-

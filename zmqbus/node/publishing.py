@@ -23,7 +23,7 @@ from math import inf
 from threading import Lock
 from typing import Any
 
-from zmqbus.errors import ForkedProcess, MessageTooLarge, NodeClosed, TooManyStreams, UnsupportedValue
+from zmqbus.errors import ForkedProcess, MessageTooLarge, TooManyStreams, UnsupportedValue
 from zmqbus.net.clock import now, sleep, time_ns
 from zmqbus.net.sockets import NOBLOCK, SNDHWM, SNDMORE, XPUB_NODROP, Again, Socket
 from zmqbus.protocol import frames
@@ -227,7 +227,9 @@ class Publisher:
     def send_head(self) -> None:
         """Say how far this stream has come, on its own topic, behind all that was sent. Under the lock."""
         out = self._out
-        out.transmit((frames.encode_frame(self._prefix, frames.HEAD, 0, 0, out.origin, self._base + 1, time_ns()),), 0, 0, 0)
+        out.transmit(
+            (frames.encode_frame(self._prefix, frames.HEAD, 0, 0, out.origin, self._base + 1, time_ns()),), 0, 0, 0
+        )
 
 
 class Outlet:
@@ -241,7 +243,8 @@ class Outlet:
         self.publishers: dict[str, Publisher] = {}
         self.backlog: deque[tuple[bytes, ...]] = deque()
         self._noisy: deque[Publisher] = deque()  # sent something, HEAD to follow
-        self.start_ticking: Callable[[], None] = lambda: None  # set by the engine: call `tick` every TICK until it is True
+        # Set by the engine: from now on call `tick` every TICK, until it returns True.
+        self.start_ticking: Callable[[], None] = lambda: None
         self.messages = self.frames = self.bytes = self.stalls = self.dropped_at = 0
         self._socket = socket
         self._pace = EAGER if in_turns is None else TURN
@@ -300,6 +303,7 @@ class Outlet:
                 self._stalled_at = now()
                 self.stalls += 1
                 self.backlog.append(parts)
+                self.start_ticking()
         self.messages += count
         self.frames += 1
         self.bytes += size
@@ -370,8 +374,8 @@ class Outlet:
             return False
 
     def make_room(self) -> None:
-        """Wait, for no longer than PATIENCE, until the backlog is sent. For threads."""
-        while not self.push():
+        """Wait, for no longer than PATIENCE, until the backlog is sent. In asyncio a caller awaits that instead."""
+        while self._pace != TURN and not self.push():
             sleep(TICK / 2)
 
     def push(self) -> bool:
@@ -455,4 +459,3 @@ class Outlet:
     def _check(self) -> None:
         if self._refusal is not None:
             raise self._refusal
-

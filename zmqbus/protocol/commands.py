@@ -197,9 +197,7 @@ def decode_command(parts: Sequence[bytes]) -> Command:
         RemoteProtocolError: anything else that breaks the rules above.
     """
     if len(parts) < 2 or len(parts[0]) != ENVELOPE.size:
-        raise RemoteProtocolError(
-            f"command: {len(parts)} parts, an envelope of {len(parts[0]) if parts else 0} bytes"
-        )
+        raise RemoteProtocolError(f"command: {len(parts)} parts, an envelope of {len(parts[0]) if parts else 0} bytes")
     code, version, request = ENVELOPE.unpack(parts[0])
     if version != VERSION and code not in (1, 2):  # HELLO and WELCOME negotiate, so they must be readable
         raise RemoteProtocolError(f"command: version {version}, this node speaks {VERSION}")
@@ -207,9 +205,7 @@ def decode_command(parts: Sequence[bytes]) -> Command:
     if decoder is None:
         raise UnknownCommand(code, request)
     if len(parts[1]) > BODY_BYTES_MAX:
-        raise RemoteProtocolError(
-            f"command: a body of {len(parts[1]):,} bytes; the limit is {BODY_BYTES_MAX:,}"
-        )
+        raise RemoteProtocolError(f"command: a body of {len(parts[1]):,} bytes; the limit is {BODY_BYTES_MAX:,}")
     try:
         body: Any = decoder.decode(parts[1])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:

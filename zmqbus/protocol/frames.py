@@ -116,9 +116,7 @@ def parse_header(frame: bytes) -> tuple[int, int, int, int, int, int, int]:
                 raise RemoteProtocolError("frame: an external value must be alone, with an empty payload")
         elif flags & RAW:
             raise RemoteProtocolError("frame: a raw value must be external")
-        elif (
-            count > len(frame) - cut - HEADER_BYTES - 2
-        ):  # a value takes a byte, the array around them one more
+        elif count > len(frame) - cut - HEADER_BYTES - 2:  # a value takes a byte, the array around them one more
             raise RemoteProtocolError(f"frame: {count} values cannot be in {len(frame)} bytes")
     return cut, kind, flags, count, origin, first, time_ns
 

@@ -62,9 +62,7 @@ class Fetch(msgspec.Struct, frozen=True, gc=False):
 SETTLED = 0
 QUEUED = 1  # to be asked for as soon as there is room in flight
 ASKED = 2  # a Fetch is on its way; `due` is when to stop waiting
-PARKED = (
-    3  # waits until `due`: for data that may still arrive, for a source to come back, or before a new try
-)
+PARKED = 3  # waits until `due`: for data that may still arrive, for a source to come back, or before a new try
 
 
 class Stream(msgspec.Struct, gc=False, eq=False):
@@ -179,11 +177,7 @@ class Tracker:
         before = stream.next
         self._landed(stream)
         for batch in batches:
-            if (
-                (batch.topic, batch.origin) != stream.key
-                or batch.first > asked.last
-                or batch.end <= stream.next
-            ):
+            if (batch.topic, batch.origin) != stream.key or batch.first > asked.last or batch.end <= stream.next:
                 continue
             if batch.first > stream.next:
                 self._absent(stream, batch.first - 1, asked.source)

@@ -1,0 +1,403 @@
+"""The asyncio face: `AsyncNode`. The same engine, on the caller's own loop, and no thread.
+
+Publishing gathers what one turn of the loop publishes and sends it at the end of the turn. Consuming drains the
+subscription's socket in the consumer's own task. Cancelling a task that waits for a message loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from zmqbus.errors import ForkedProcess, NodeClosed
+from zmqbus.net.clock import now
+from zmqbus.net.keys import BusKey
+from zmqbus.node.engine import Config, Engine
+from zmqbus.node.events import EVENTS_MAX, Event, Undelivered
+from zmqbus.node.intake import Intake
+from zmqbus.node.node import CLOSE_TIMEOUT
+from zmqbus.node.publishing import TICK, Publisher
+from zmqbus.protocol.message import Message
+from zmqbus.protocol.peers import Peer
+from zmqbus.protocol.tracking import Gap
+
+YIELD_AFTER = 2048  # publishes without a turn of the loop: a millisecond or two
+
+
+class AsyncSubscription:
+    """Messages of the topics that fit, live, with gaps repaired.
+
+        async for message in node.subscribe("logs.>"): ...
+        async with node.subscribe("logs.>") as subscription: ...
+        subscription = await node.subscribe("logs.>")
+
+    In the last two forms, and from the first message on in the first, every known publisher has registered it.
+    """
+
+    def __init__(self, node: AsyncNode, patterns: Sequence[str], value_type: Any, history: int, on_gap: str) -> None:
+        self._node = node
+        self._asked = (patterns, value_type, history, on_gap == "raise")
+        self._opening: asyncio.Task[None] | None = None
+        self._intake: Intake | None = None
+        self._items: Any = iter(())
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._fd = -1
+
+    async def get(self, timeout: float | None = None) -> Message | None:
+        """The next message; None when none came within `timeout` seconds (0: only what is here), or on `close()`.
+
+        Raises:
+            GapError: messages are lost, and the subscription was made with `on_gap="raise"`.
+            DecodeError: this message does not fit `type`; the next call goes on behind it.
+            NodeClosed: the subscription was closed before this call.
+        """
+        deadline = None if timeout is None else now() + timeout
+        intake = self._intake or await self._open()
+        for message in intake.items:
+            return message
+        if intake.closed is not None:
+            raise intake.closed
+        while await self._refill(intake, deadline):
+            for message in intake.items:
+                return message
+        return None
+
+    def __aiter__(self) -> AsyncIterator[Message]:
+        return self
+
+    async def __anext__(self) -> Message:
+        intake = self._intake or await self._open()
+        for message in intake.items:
+            return message
+        while await self._refill(intake, None):
+            for message in intake.items:
+                return message
+        raise StopAsyncIteration
+
+    async def _refill(self, intake: Intake, deadline: float | None) -> bool:
+        """Wait for messages. False: the deadline has passed, or the subscription is closed."""
+        loop = asyncio.get_running_loop()
+        while True:
+            with intake.lock:
+                if intake.refill():
+                    return True
+            if intake.closed is not None:
+                if isinstance(intake.closed, ForkedProcess):
+                    raise intake.closed
+                return False
+            if deadline is not None and now() >= deadline:
+                return False
+            due = intake.timer()
+            if deadline is not None and (due is None or deadline < due):
+                due = deadline
+            future: asyncio.Future[None] = loop.create_future()
+            self._waiting.add(future)
+            timer = None if due is None else loop.call_later(max(TICK, due - now()), _finish, future)
+            try:
+                await future
+            finally:
+                self._waiting.discard(future)
+                if timer is not None:
+                    timer.cancel()
+
+    def _wake(self) -> None:
+        for future in self._waiting:
+            _finish(future)
+
+    def _readable(self) -> None:
+        self._wake()
+        if self._intake is not None:
+            self._intake.calm()
+
+    async def _open(self) -> Intake:
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_task(self._register())
+        await asyncio.shield(self._opening)
+        assert self._intake is not None
+        return self._intake
+
+    async def _register(self) -> None:
+        patterns, value_type, history, raise_gaps = self._asked
+        intake = await self._node._ready().subscribe(
+            patterns, value_type=value_type, history=history, raise_gaps=raise_gaps, wake=self._wake
+        )
+        self._fd = intake.fd
+        asyncio.get_running_loop().add_reader(self._fd, self._readable)
+        intake.before_close = self._unwatch
+        self._intake = intake
+
+    def _unwatch(self) -> None:
+        if self._fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._fd)
+            self._fd = -1
+
+    @property
+    def lost(self) -> int:
+        """Messages that are in no history that could be reached; the ranges are in `gaps`."""
+        return self._intake.tracker.lost if self._intake else 0
+
+    @property
+    def repaired(self) -> int:
+        """Messages that the live path missed and that were fetched."""
+        return self._intake.tracker.repaired if self._intake else 0
+
+    @property
+    def gaps(self) -> list[Gap]:
+        """What was lost, exactly; the last 1000 ranges."""
+        return list(self._intake.gaps) if self._intake else []
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What was subscribed to."""
+        return tuple(self._asked[0])
+
+    async def close(self) -> None:
+        """Stop receiving. Messages that were received but not consumed are dropped. May be called twice."""
+        if self._opening is not None:
+            intake = await self._open()
+            if intake.closed is None:
+                await self._node._engine.unsubscribe(intake)
+
+    def __await__(self) -> Generator[Any, None, AsyncSubscription]:
+        yield from self._open().__await__()
+        return self
+
+    async def __aenter__(self) -> AsyncSubscription:
+        await self._open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        state = self._intake.state() if self._intake else "not open"
+        return f"<AsyncSubscription {' '.join(self.patterns)} of {self._node.name}: {state}>"
+
+
+class AsyncPublisher:
+    """One topic of one node, ready for hot loops: `await publisher.send(value)`."""
+
+    def __init__(self, node: AsyncNode, publisher: Publisher) -> None:
+        self._node = node
+        self._send = publisher.send
+        self.topic = publisher.topic
+
+    async def send(self, value: object, headers: dict[str, Any] | None = None) -> int:
+        """Publish a value; returns its seq, the same as `AsyncNode.publish`."""
+        seq = self._send(value, headers)
+        node = self._node
+        node._since_turn += 1
+        if node._since_turn >= YIELD_AFTER or node._backlog:
+            await node._give_way()
+        return seq
+
+
+class AsyncEventStream:
+    """The events of one node from the call of `events()` on: `async for event in node.events()`.
+
+    Bounded: of more than 10,000 unread events the oldest are dropped, and counted in `dropped`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.dropped = 0
+        self._engine = engine
+        self._events: deque[Event] = deque()
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    def put(self, event: Event) -> None:
+        """Called by the node."""
+        self._events.append(event)
+        if len(self._events) > EVENTS_MAX:
+            self._events.popleft()
+            self.dropped += 1
+        self._changed.set()
+
+    async def get(self, timeout: float | None = None) -> Event | None:
+        """The next event; None when `timeout` seconds have passed, or the stream or its node is closed."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._events and not self._closed:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+        return self._events.popleft() if self._events else None
+
+    def close(self) -> None:
+        """End the stream; what is in it already can still be read."""
+        self._engine.forget_listener(self)
+        self._closed = True
+        self._changed.set()
+
+    def __aiter__(self) -> AsyncEventStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await self.get()
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+
+class AsyncNode:
+    """`Node` for asyncio: `async with AsyncNode("web1") as node: await node.publish("logs.web1", "…")`.
+
+    Takes the same arguments and raises the same errors as `Node`, on entering or at `await node.open()`. Belongs to the
+    loop it was opened on.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        bus: str = "default",
+        key: str | Path | BusKey | None = None,
+        interface: str | None = None,
+        peers: Sequence[str] = (),
+        discovery: Literal["mdns", "static", "both"] = "both",
+        history_bytes: int | None = None,
+    ) -> None:
+        self._config = Config.make(name, bus, key, interface, peers, discovery, history_bytes)
+        self._since_turn = 0
+        self._backlog: deque[tuple[bytes, ...]] = deque()
+        self._publishers: dict[str, Publisher] = {}
+        self._opened: Engine | None = None
+
+    async def open(self) -> AsyncNode:
+        """Bind, and begin to look for others."""
+        loop = asyncio.get_running_loop()
+
+        def in_turns() -> None:
+            loop.call_soon(self._turn)
+
+        engine = Engine(self._config, loop, in_turns)
+        await engine.open()
+        self._opened = engine
+        self._backlog = engine.outlet.backlog
+        self._publishers = engine.outlet.publishers
+        return self
+
+    @property
+    def _engine(self) -> Engine:
+        if self._opened is None:
+            raise NodeClosed(f"node {self._config.name!r} is not open: use 'async with', or await open()")
+        return self._opened
+
+    def _ready(self) -> Engine:
+        engine = self._engine
+        if engine.refusal is not None:
+            raise engine.refusal
+        return engine
+
+    def _turn(self) -> None:
+        """Once per turn of the loop in which something was published."""
+        self._since_turn = 0
+        self._engine.outlet.flush_all()
+
+    async def _give_way(self) -> None:
+        """Let the loop do its other work; wait while a subscriber is full, within the publisher's patience."""
+        self._since_turn = 0
+        await asyncio.sleep(0)
+        while self._backlog and not self._engine.outlet.push():
+            await asyncio.sleep(TICK)
+
+    # --- publish ---------------------------------------------------------------------------------
+
+    async def publish(self, topic: str, value: object, *, headers: dict[str, Any] | None = None) -> int:
+        """See `Node.publish`. What one turn of the loop publishes is sent together, at its end."""
+        publisher = self._publishers.get(topic) or self._ready().outlet.publisher(topic)
+        seq = publisher.send(value, headers)
+        self._since_turn += 1
+        if self._since_turn >= YIELD_AFTER or self._backlog:
+            await self._give_way()
+        return seq
+
+    def publisher(self, topic: str) -> AsyncPublisher:
+        """See `Node.publisher`."""
+        return AsyncPublisher(self, self._ready().outlet.publisher(topic))
+
+    async def flush(self, timeout: float | None = None) -> None:
+        """See `Node.flush`."""
+        self._ready().outlet.flush_all()
+        await self._give_way()
+
+    # --- subscribe -------------------------------------------------------------------------------
+
+    def subscribe(
+        self,
+        *patterns: str,
+        type: Any = None,
+        history: int = 0,
+        on_gap: Literal["skip", "raise"] = "skip",
+    ) -> AsyncSubscription:
+        """See `Node.subscribe`; the result can be iterated, entered, or awaited."""
+        return AsyncSubscription(self, patterns, type, history, on_gap)
+
+    # --- the bus ---------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self._config.name
+
+    @property
+    def origin(self) -> int:
+        """The random 64-bit id of this node, new at every start."""
+        return self._engine.origin
+
+    @property
+    def endpoints(self) -> dict[str, str]:
+        """Where this node can be reached: {"inbox": "tcp://…", "pub": "tcp://…"}."""
+        return dict(self._engine.endpoints)
+
+    def peers(self) -> list[Peer]:
+        """The other nodes that are on the bus now. Does not wait."""
+        return self._ready().peering.peers()
+
+    async def wait_for_peers(self, n: int = 1, timeout: float | None = None) -> list[Peer]:
+        """See `Node.wait_for_peers`."""
+        return await self._ready().wait_for_peers(n, timeout)
+
+    async def wait_for_subscribers(self, topic: str, n: int = 1, timeout: float | None = None) -> int:
+        """See `Node.wait_for_subscribers`."""
+        return await self._ready().wait_for_subscribers(topic, n, timeout)
+
+    def events(self) -> AsyncEventStream:
+        """What happens from now on: PeerJoined, PeerLeft, DuplicateName, Gap, Warned."""
+        stream = AsyncEventStream(self._ready())
+        self._engine.add_listener(stream)
+        return stream
+
+    def statistics(self) -> dict[str, int | float]:
+        """Counters since start, by name. Does not wait."""
+        return self._engine.counters()
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    async def close(self, timeout: float = CLOSE_TIMEOUT) -> list[Undelivered]:
+        """See `Node.close`."""
+        return [] if self._opened is None else await self._opened.close(timeout)
+
+    async def __aenter__(self) -> AsyncNode:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        state = "not open" if self._opened is None else "closed" if self._opened.refusal else "open"
+        return f"<AsyncNode {self.name} on bus {self._config.bus}: {state}>"
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

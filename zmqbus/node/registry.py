@@ -1,0 +1,273 @@
+"""Who wants what: our subscriptions as registered at peers, theirs as registered here, and leaving in good order.
+
+A subscription is registered when a publisher has answered SUBSCRIBE (or the HELLO that named it) with HEADS: from
+then on it is owed every message that fits. Runs on the engine's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from zmqbus.errors import NodeClosed
+from zmqbus.net.clock import now
+from zmqbus.node.intake import Intake
+from zmqbus.node.links import Inbox, Link
+from zmqbus.protocol import commands
+from zmqbus.protocol.commands import HEADS_PER_COMMAND, SUBSCRIPTIONS_MAX, Command, Error, Subscribed
+from zmqbus.protocol.topics import Matcher
+
+ASK_AGAIN = 1.0  # seconds after which an unanswered SUBSCRIBE is repeated
+LEAVE_PATIENCE = 5.0  # a leaving peer is not kept in mind longer than this; it waits less itself
+
+
+class Streams(Protocol):
+    """Our own streams."""
+
+    def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
+        """Topic and next seq of those that fit."""
+
+
+class Interest:
+    """What one node subscribed to."""
+
+    def __init__(self) -> None:
+        self.subscriptions: dict[int, tuple[list[str], Matcher]] = {}
+
+    def put(self, number: int, patterns: list[str]) -> None:
+        """A subscription, new or changed."""
+        self.subscriptions[number] = (patterns, Matcher(patterns))
+
+    def count(self, topic: str) -> int:
+        """How many subscriptions a topic fits."""
+        return sum(matcher.matches(topic) for _, matcher in self.subscriptions.values())
+
+
+class Registry:
+    """Both directions of SUBSCRIBE, HEADS, UNSUBSCRIBE and BYE.
+
+    Args:
+        links: the ways to peers, by origin.
+        intakes: our subscriptions, by number. Both are their owners' and only read here.
+        joined: whether a peer is there now.
+        gone: told when a leaving peer has taken its leave.
+    """
+
+    def __init__(
+        self,
+        origin: int,
+        loop: asyncio.AbstractEventLoop,
+        streams: Streams,
+        links: dict[int, Link],
+        intakes: dict[int, Intake],
+        joined: Callable[[int], bool],
+        gone: Callable[[int], None],
+    ) -> None:
+        self.inbox: Inbox  # set when the node opens
+        self._origin = origin
+        self._loop = loop
+        self._streams = streams
+        self._links = links
+        self._intakes = intakes
+        self._joined = joined
+        self._gone = gone
+        self._interests: dict[int, Interest] = {origin: Interest()}
+        self._asked_at: dict[tuple[int, int], float] = {}  # (origin, number): asked, and HEADS not complete
+        self._leaving: dict[int, tuple[bytes, int, set[int]]] = {}  # BYE: identity, request, intakes to wait for
+        self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+
+    # --- waiting ---------------------------------------------------------------------------------
+
+    async def until(self, condition: Callable[[], bool], timeout: float | None) -> bool:
+        """Wait until a condition on peers, subscribers or registrations holds. False: it did not in time."""
+        if condition():
+            return True
+        future: asyncio.Future[None] = self._loop.create_future()
+        entry = (condition, future)
+        self._waiters.append(entry)
+        try:
+            async with asyncio.timeout(timeout):
+                await future
+        except TimeoutError:
+            return condition()
+        finally:
+            self._waiters.remove(entry)
+        return True
+
+    def changed(self) -> None:
+        """Something that `until` may wait for has changed."""
+        for condition, future in self._waiters:
+            if not future.done() and condition():
+                future.set_result(None)
+
+    def close(self) -> None:
+        """Nothing will change any more."""
+        for _, future in self._waiters:
+            if not future.done():
+                future.set_exception(NodeClosed("the node was closed while waiting"))
+
+    # --- ours, there -----------------------------------------------------------------------------
+
+    def declare(self, intake: Intake) -> None:
+        """Have a new subscription registered everywhere."""
+        self._interests[self._origin].put(intake.number, intake.patterns)
+        for link in self._links.values():
+            self.subscribe(link, intake)
+        self.changed()
+
+    def registered(self, intake: Intake) -> bool:
+        """Whether every peer that can be reached has answered with all its HEADS."""
+        return all(intake.tracker.knows(origin) for origin in self._links if self._joined(origin))
+
+    def withdraw(self, number: int) -> None:
+        """A subscription is closed."""
+        self._interests[self._origin].subscriptions.pop(number, None)
+        for origin, link in self._links.items():
+            self._asked_at.pop((origin, number), None)
+            link.declared.discard(number)
+            link.send(commands.Unsubscribe(number))
+        for origin in list(self._leaving):
+            self.settled(number, origin)
+
+    def introduced(self, link: Link) -> None:
+        """A peer answered our HELLO: HEADS of what that named are on their way; ask for the rest."""
+        assert link.origin is not None
+        for intake in self._intakes.values():
+            if intake.number in link.declared:
+                self._asked_at.setdefault((link.origin, intake.number), now())
+            else:
+                self.subscribe(link, intake)
+
+    def subscribe(self, link: Link, intake: Intake) -> None:
+        """Ask one peer; also to hear from it what was missed."""
+        assert link.origin is not None
+        self._asked_at[link.origin, intake.number] = now()
+        if link.send(commands.Subscribe(intake.number, intake.patterns)):
+            link.declared.add(intake.number)
+
+    def ask_again(self) -> None:
+        """Called every ASK_AGAIN: repeat what a broken connection may have swallowed."""
+        due = now() - ASK_AGAIN
+        for (origin, number), at in list(self._asked_at.items()):
+            link, intake = self._links.get(origin), self._intakes.get(number)
+            if intake is None or (link is None and not self._joined(origin)):
+                del self._asked_at[origin, number]
+            elif link is not None and at <= due and self._joined(origin):
+                self.subscribe(link, intake)
+
+    def on_heads(self, origin: int, body: commands.Heads) -> None:
+        """HEADS came, asked for or not."""
+        intake = self._intakes.get(body.id)
+        if intake is not None:
+            intake.heads(origin, body.heads, body.more)
+            if not body.more:
+                self._asked_at.pop((origin, body.id), None)
+                self.changed()
+
+    # --- theirs, here ----------------------------------------------------------------------------
+
+    def subscribers(self, topic: str) -> int:
+        """Subscriptions here and at the joined peers that a topic fits."""
+        return sum(
+            interest.count(topic)
+            for origin, interest in self._interests.items()
+            if origin == self._origin or self._joined(origin)
+        )
+
+    def on_hello(self, identity: bytes, origin: int, request: int, subscriptions: list[Subscribed]) -> None:
+        """A HELLO names all that its sender wants."""
+        if origin != self._origin:
+            interest = self._interests[origin] = Interest()
+            for subscribed in subscriptions:
+                interest.put(subscribed.id, subscribed.patterns)
+        for subscribed in subscriptions:
+            self._answer_heads(identity, request, subscribed.id, subscribed.patterns)
+
+    def on_command(self, identity: bytes, origin: int, command: Command) -> bool:
+        """A command came in. False: it is not one of ours."""
+        match command.body:
+            case commands.Subscribe(id=number, patterns=patterns):
+                interest = self._interests.setdefault(origin, Interest())
+                if len(interest.subscriptions) >= SUBSCRIPTIONS_MAX and number not in interest.subscriptions:
+                    error = Error("limit", f"at most {SUBSCRIPTIONS_MAX} subscriptions to a node")
+                    self.inbox.answer(identity, error, command.request)
+                else:
+                    interest.put(number, patterns)
+                    self._answer_heads(identity, command.request, number, patterns)
+                    self.changed()
+            case commands.Unsubscribe(id=number):
+                if origin in self._interests:
+                    self._interests[origin].subscriptions.pop(number, None)
+            case commands.Heads() as body:
+                self.on_heads(origin, body)
+            case commands.Bye():
+                self._on_bye(identity, origin, command.request)
+            case _:
+                return False
+        return True
+
+    def forget(self, origin: int) -> None:
+        """A peer will not come back, or only anew."""
+        self._interests.pop(origin, None)
+        self._leaving.pop(origin, None)
+
+    def _answer_heads(self, identity: bytes, request: int, number: int, patterns: list[str]) -> None:
+        for body in self._heads(number, patterns):
+            self.inbox.answer(identity, body, request)
+
+    def _heads(self, number: int, patterns: list[str]) -> list[commands.Heads]:
+        heads = self._streams.heads(patterns)
+        starts = range(0, max(1, len(heads)), HEADS_PER_COMMAND)
+        return [
+            commands.Heads(number, heads[at : at + HEADS_PER_COMMAND], at + HEADS_PER_COMMAND < len(heads))
+            for at in starts
+        ]
+
+    # --- leaving ---------------------------------------------------------------------------------
+
+    def _on_bye(self, identity: bytes, origin: int, request: int) -> None:
+        """A peer leaves, and will wait a little for us to have all that it sent."""
+        waiting = {number for number, intake in self._intakes.items() if not intake.origin_leaving(origin)}
+        self._leaving[origin] = (identity, request, waiting)
+        if waiting:
+            self._loop.call_later(LEAVE_PATIENCE, self._leave, origin, identity)
+        else:
+            self._leave(origin, identity)
+
+    def settled(self, number: int, origin: int) -> None:
+        """One of our subscriptions has all that a leaving peer owed it."""
+        if origin in self._leaving:
+            identity, _, waiting = self._leaving[origin]
+            waiting.discard(number)
+            if not waiting:
+                self._leave(origin, identity)
+
+    def _leave(self, origin: int, identity: bytes) -> None:
+        leaving = self._leaving.get(origin)
+        if leaving is not None and leaving[0] == identity:
+            del self._leaving[origin]
+            self.inbox.answer(identity, commands.Bye(), leaving[1])
+            self._gone(origin)
+
+    async def leave(self, timeout: float) -> list[int]:
+        """Say BYE to every peer; returns those whose subscriptions had not confirmed all within `timeout`."""
+        waiting: dict[int, asyncio.Future[None]] = {}
+        for origin, link in self._links.items():
+            interest = self._interests.get(origin, Interest())
+            for number, (patterns, _) in interest.subscriptions.items():
+                for body in self._heads(number, patterns):
+                    link.send(body)
+            done: asyncio.Future[None] = self._loop.create_future()
+            asked = link.ask(commands.Bye(), partial(_answered, done), timeout + 1)
+            if asked and interest.subscriptions and self._joined(origin):
+                waiting[origin] = done
+        if waiting:
+            await asyncio.wait(waiting.values(), timeout=timeout)
+        return [origin for origin, done in waiting.items() if not done.done()]
+
+
+def _answered(done: asyncio.Future[None], command: Command | None) -> None:
+    if command is not None and not done.done():
+        done.set_result(None)
