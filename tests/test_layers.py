@@ -26,7 +26,7 @@ ONLY_IN = {
     "click": {"cli"},
     "rich": {"cli"},
     "time": {"net"},
-    "threading": {"node"},
+    "threading": {"net", "node"},
     "asyncio": {"net", "node", "cli"},
     "socket": {"net", "node", "cli"},
     "random": {"node"},

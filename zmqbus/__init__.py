@@ -6,31 +6,73 @@ with zmqbus.Node("web1") as node:
         print(message.topic, message.value)
 """
 
-from zmqbus.errors import (
-    AuthError,
-    DecodeError,
-    ForkedProcess,
-    GapError,
-    KeyFileError,
-    MessageTooLarge,
-    NodeClosed,
-    RemoteProtocolError,
-    SetupError,
-    TooManyStreams,
-    TopicError,
-    UnsupportedValue,
-    WaitTimeout,
-    ZmqbusError,
-)
-from zmqbus.net.keys import BusKey
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from zmqbus.node import RELEASE as __version__
-from zmqbus.node.aio import AsyncEventStream, AsyncNode, AsyncPublisher, AsyncSubscription
-from zmqbus.node.events import Event, EventStream, Undelivered, Warned
-from zmqbus.node.node import Node, Subscription
-from zmqbus.node.publishing import Publisher
-from zmqbus.protocol.message import Message
-from zmqbus.protocol.peers import DuplicateName, Peer, PeerJoined, PeerLeft
-from zmqbus.protocol.tracking import Gap
+
+if TYPE_CHECKING:
+    from zmqbus.errors import (
+        AuthError,
+        DecodeError,
+        ForkedProcess,
+        GapError,
+        KeyFileError,
+        MessageTooLarge,
+        NodeClosed,
+        RemoteProtocolError,
+        SetupError,
+        TooManyStreams,
+        TopicError,
+        UnsupportedValue,
+        WaitTimeout,
+        ZmqbusError,
+    )
+    from zmqbus.net.keys import BusKey
+    from zmqbus.node.aio import AsyncEventStream, AsyncNode, AsyncPublisher, AsyncSubscription
+    from zmqbus.node.events import Event, EventStream, TopicInfo, Undelivered, Warned
+    from zmqbus.node.node import Node, Subscription
+    from zmqbus.node.publishing import Publisher
+    from zmqbus.protocol.message import Message
+    from zmqbus.protocol.peers import DuplicateName, Peer, PeerJoined, PeerLeft
+    from zmqbus.protocol.tracking import Gap
+
+# Where the names live. They are loaded when first used: `zmqbus --help` needs neither sockets nor mDNS.
+_HOMES = {
+    "AsyncEventStream": "node.aio",
+    "AsyncNode": "node.aio",
+    "AsyncPublisher": "node.aio",
+    "AsyncSubscription": "node.aio",
+    "AuthError": "errors",
+    "BusKey": "net.keys",
+    "DecodeError": "errors",
+    "DuplicateName": "protocol.peers",
+    "Event": "node.events",
+    "EventStream": "node.events",
+    "ForkedProcess": "errors",
+    "Gap": "protocol.tracking",
+    "GapError": "errors",
+    "KeyFileError": "errors",
+    "Message": "protocol.message",
+    "MessageTooLarge": "errors",
+    "Node": "node.node",
+    "NodeClosed": "errors",
+    "Peer": "protocol.peers",
+    "PeerJoined": "protocol.peers",
+    "PeerLeft": "protocol.peers",
+    "Publisher": "node.publishing",
+    "RemoteProtocolError": "errors",
+    "SetupError": "errors",
+    "Subscription": "node.node",
+    "TooManyStreams": "errors",
+    "TopicError": "errors",
+    "TopicInfo": "node.events",
+    "Undelivered": "node.events",
+    "UnsupportedValue": "errors",
+    "WaitTimeout": "errors",
+    "Warned": "node.events",
+    "ZmqbusError": "errors",
+}
 
 __all__ = [
     "AsyncEventStream",
@@ -60,6 +102,7 @@ __all__ = [
     "Subscription",
     "TooManyStreams",
     "TopicError",
+    "TopicInfo",
     "Undelivered",
     "UnsupportedValue",
     "WaitTimeout",
@@ -67,3 +110,14 @@ __all__ = [
     "ZmqbusError",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

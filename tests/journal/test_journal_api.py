@@ -6,6 +6,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from checks import new_disk
+from checks import start as start_on
 
 from zmqbus.errors import JournalUnavailable, MessageTooLarge, NoSpace
 from zmqbus.journal import Appended, Cursor, Head, Journal, Reader, Retention, StreamSeq, fetch, find_time, records
@@ -320,6 +322,24 @@ def test_retention_drop_oldest_tells_readers(opened) -> None:
     offsets = [batch.offset for batch in early.read()]  # its segment is deleted, but open
     assert offsets[0] == 1
     assert early.dropped == [(early.dropped[0][0], journal.first_offset - 1)]
+
+
+def test_drop_oldest_makes_room_on_a_full_disk() -> None:
+    disk = new_disk()
+    disk.bytes_max = 30_000
+    journal = start_on(disk, retention=Retention(drop_oldest=True))
+    seq = acked = dropped = 0
+    while acked < 300:
+        if journal.full is not None:
+            victims = journal.retire(seq)
+            journal.delete(victims)
+            dropped += len(victims)
+            assert journal.resume()
+        seq = journal.expected(A, 1)
+        assert journal.append(A, 1, seq, 1, seq, b"x" * 300) is Appended.ACCEPTED
+        acked = max([acked, *(head.seq for head in journal.commit(seq).acked)])
+    assert dropped > 5
+    assert [first for _, first, _ in read_all(journal)] == list(range(journal.first_offset + 1, 301))
 
 
 def test_retention_by_age(opened) -> None:

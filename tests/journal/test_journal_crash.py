@@ -9,7 +9,7 @@ from checks import DIRECTED, Check, crash_simulations
 from simulation import Simulation
 
 
-@pytest.mark.parametrize("block", range(16))
+@pytest.mark.parametrize("block", range(12))
 def test_crash_states(block: int) -> None:
     crash_simulations(range(block * 60, block * 60 + 60))
 
@@ -33,12 +33,12 @@ def test_directed(check: Check) -> None:
     check()
 
 
-@pytest.mark.parametrize("fault", ["EIO", "ENOSPC", "short", "cut", "EDQUOT"])
+@pytest.mark.parametrize("fault", ["EIO", "ENOSPC", "short", "cut"])
 @pytest.mark.parametrize("block", range(4))
 def test_fault_at_each_of_the_first_200_file_calls(fault: str, block: int) -> None:
     reached = 0
     for call in range(block * 50 + 1, block * 50 + 51):
-        simulation = Simulation(4711, steps=150, lives=2, plan={call: fault})
+        simulation = Simulation(4711, steps=120, lives=2, plan={call: fault})
         simulation.run()
         reached = max(reached, len(simulation.seen))
     assert reached > 10, "the workload should have got somewhere"

@@ -132,12 +132,9 @@ def test_verify_finds_all_damage_and_touches_nothing(path: Path) -> None:
     assert snapshot(path) == before
 
 
-@pytest.mark.parametrize("which", [0, 1, -1])
-@pytest.mark.parametrize("at", [200, 400, 1000])
+@pytest.mark.parametrize(("which", "at"), [(0, 100), (0, 1000), (0, 3000), (1, 200), (1, 1000), (-1, 200), (-1, 400)])
 def test_repair_keeps_every_good_record(path: Path, which: int, at: int) -> None:
     file = segments(path)[which]
-    if which == -1 and at == 1000:
-        pytest.skip("the last segment is shorter")
     flip(file, at)
     damaged = file.read_bytes()
     with pytest.raises(JournalCorrupt):

@@ -86,13 +86,12 @@ def test_heads_and_cursors_round_trip() -> None:
     assert dict(decode_cursors(encode_cursors(cursors))) == cursors
 
 
-@pytest.mark.parametrize("bit", range(SEGMENT_HEADER_BYTES * 8))
-def test_segment_header_checks_every_bit(bit: int) -> None:
-    data = bytearray(
-        encode_segment_header(salt=SALT, uuid=UUID, base_offset=12, created_ns=13, max_time_ns=14, snapshot=b"")
-    )
-    data[bit // 8] ^= 1 << bit % 8
-    assert isinstance(decode_segment_header(bytes(data)), str)
+def test_segment_header_checks_every_bit() -> None:
+    good = encode_segment_header(salt=SALT, uuid=UUID, base_offset=12, created_ns=13, max_time_ns=14, snapshot=b"")
+    for bit in range(SEGMENT_HEADER_BYTES * 8):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        assert isinstance(decode_segment_header(bytes(data)), str)
 
 
 def test_meta_golden(tmp_path) -> None:

@@ -166,7 +166,8 @@ class Agent:
         """Wait until a flow has reached its count; returns the last seq."""
         return self._springs[topic].wait()
 
-    def wait_flow_at(self, topic: str) -> int:
+    def flowed(self, topic: str) -> int:
+        """How far a flow has come: its last seq."""
         return self._springs[topic].last
 
     def stop_flow(self, topic: str) -> int:

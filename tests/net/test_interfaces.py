@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import ifaddr
 import pytest
@@ -190,7 +191,7 @@ class Watcher:
     """An AddressWatch in a process of its own on `host`."""
 
     def __init__(self, host: Host, interface: str) -> None:
-        self._process = host.popen(
+        self._process: Any = host.popen(
             [sys.executable, "-c", WATCHER, interface], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
@@ -245,7 +246,7 @@ def test_the_namespaces_of_the_tests_are_a_lan() -> None:
     with Lan(hosts=3, subnet="10.78.5.0/24") as lan:
         a, b, c = lan.hosts
         assert [host.address for host in lan.hosts] == ["10.78.5.1", "10.78.5.2", "10.78.5.3"]
-        server = b.popen([sys.executable, "-c", LISTENER, b.address], stdout=subprocess.PIPE, text=True)
+        server: Any = b.popen([sys.executable, "-c", LISTENER, b.address], stdout=subprocess.PIPE, text=True)
         assert server.stdout.readline() == "listening\n"
 
         def dial(host: Host, patience_s: float) -> str:

@@ -30,7 +30,7 @@ class Parent:
         self._out.write(json.dumps(facts) + "\n")
 
     def hear(self, timeout: float | None = None) -> dict[str, Any] | None:
-        """The next order; None when there is none within `timeout` seconds. Ends the process when the parent is gone."""
+        """The next order; None when there is none within `timeout` seconds. Exits when the parent is gone."""
         while b"\n" not in self._received:
             if not select.select([0], [], [], timeout)[0]:
                 return None

@@ -11,6 +11,7 @@ leaving the crew kills and reaps all that are left, also after an error or Ctrl-
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -93,10 +94,8 @@ class Worker:
         self._process.wait(END_S)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):  # an order that nobody read
                     pipe.close()
-                except BrokenPipeError:  # an order that nobody read
-                    pass
 
 
 class Crew:

@@ -29,6 +29,8 @@ class Line:
     ours: list[float] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     raw_name: str = ""
+    comparable: bool = True
+    """Whether the ratio means something; else `raw` is there for orientation."""
     budget: Budget | None = None
     lost: int | None = None
     """Messages that never arrived, over all runs. Rates of runs with such are 0."""
@@ -40,6 +42,8 @@ class Line:
     @property
     def ratios(self) -> list[float]:
         """Of each run to the raw run beside it: what slows the machine for a while slows both."""
+        if not self.comparable:
+            return []
         return [ours / raw for ours, raw in zip(self.ours, self.raw, strict=False) if raw > 0]
 
     @property

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from zlib import crc32
 
@@ -58,10 +59,32 @@ class Span(NamedTuple):
     last_position: int
 
 
-class ActiveIndex:
-    """The index of the segment being written. Told of every record; cheap, for it is on the hot path."""
+class Index(ABC):
+    """What one can ask about a segment."""
 
-    __slots__ = ("_next_mark", "marks", "max_time_ns", "spans")
+    marks: Sequence[Mark]
+
+    def seek(self, offset: int) -> Mark | None:
+        """The last mark at or before an offset."""
+        at = bisect_right(self.marks, offset, key=_mark_offset)
+        return self.marks[at - 1] if at else None
+
+    def seek_time(self, time_ns: int) -> Mark | None:
+        """The last mark before which everything is older than `time_ns`."""
+        at = bisect_right(self.marks, time_ns - 1, key=_mark_time)
+        return self.marks[at - 1] if at else None
+
+    @abstractmethod
+    def span(self, topic: bytes, origin: int) -> Span | None:
+        """Where a stream's records are, or None if there are none."""
+
+    @abstractmethod
+    def matches(self, accept: Callable[[bytes], bool]) -> bool:
+        """Whether any topic in the segment is accepted."""
+
+
+class ActiveIndex(Index):
+    """The index of the segment being written. Told of every record; cheap, for it is on the hot path."""
 
     def __init__(self, segment: Segment) -> None:
         self.marks: list[Mark] = []
@@ -74,12 +97,11 @@ class ActiveIndex:
             self.marks.append(Mark(offset, position, self.max_time_ns))
             self._next_mark = position + MARK_BYTES
         span = self.spans.get((topic, origin))
-        if span is None:
-            if topic:  # a hole belongs to no stream
-                self.spans[topic, origin] = [first, last, position, position]
-        else:
+        if span is not None:
             span[1] = last
             span[3] = position
+        elif topic:  # a hole belongs to no stream
+            self.spans[topic, origin] = [first, last, position, position]
         if time_ns > self.max_time_ns:
             self.max_time_ns = time_ns
 
@@ -98,32 +120,28 @@ class ActiveIndex:
         found = self.spans.get((topic, origin))
         return None if found is None else Span(*found)
 
-    def seek(self, offset: int) -> Mark | None:
-        """The last mark at or before an offset."""
-        at = bisect_right(self.marks, offset, key=_mark_offset)
-        return self.marks[at - 1] if at else None
-
-    def seek_time(self, time_ns: int) -> Mark | None:
-        """The last mark before which everything is older than `time_ns`."""
-        at = bisect_right(self.marks, time_ns - 1, key=_mark_time)
-        return self.marks[at - 1] if at else None
-
     def matches(self, accept: Callable[[bytes], bool]) -> bool:
-        """Whether any topic in the segment is accepted."""
         return any(accept(topic) for topic in {topic for topic, _ in list(self.spans)})
 
 
-class SealedIndex(ActiveIndex):
-    """The index of a full segment, loaded or rebuilt. Its topics are looked at without unpacking its streams."""
+class SealedIndex(Index):
+    """The index of a full segment, as bytes: ten thousand streams would take tens of milliseconds, and megabytes, to
+    unpack, and all one wants is one stream, or the topics."""
 
-    __slots__ = ("topics",)
+    def __init__(self, data: bytes, marks: list[Mark], topics: dict[bytes, tuple[int, int]]) -> None:
+        self._data = data
+        self._topics = topics  # each with its part of the data
+        self.marks = marks
 
-    def __init__(self, segment: Segment) -> None:
-        super().__init__(segment)
-        self.topics: list[bytes] = []
+    def span(self, topic: bytes, origin: int) -> Span | None:
+        start, end = self._topics.get(topic, (0, 0))
+        for candidate, *span in _SPAN.iter_unpack(self._data[start:end]):
+            if candidate == origin:
+                return Span(*span)
+        return None
 
     def matches(self, accept: Callable[[bytes], bool]) -> bool:
-        return any(map(accept, self.topics))
+        return any(map(accept, self._topics))
 
 
 def _mark_offset(mark: Mark) -> int:
@@ -167,27 +185,22 @@ def decode_index(data: bytes, segment: Segment) -> SealedIndex | None:
     header = segment.header
     if len(data) < _HEAD.size + 4 or crc32(data[:-4], header.salt) != _U32.unpack(data[-4:])[0]:
         return None
-    *identity, next_base, marks, topics = _HEAD.unpack_from(data)
+    *identity, next_base, mark_count, topic_count = _HEAD.unpack_from(data)
     if identity != [INDEX_MAGIC, FORMAT_VERSION, header.salt, header.uuid, header.base_offset]:
         return None
     if next_base != segment.next_base:
         return None
-    index = SealedIndex(segment)
-    at = _HEAD.size
-    index.marks = [Mark(*_MARK.unpack_from(data, at + n * _MARK.size)) for n in range(marks)]
-    at += marks * _MARK.size
-    names: list[bytes] = []
-    for _ in range(topics):
-        end = at + 1 + data[at]
-        topic = data[at + 1 : end]
-        names.append(topic)
-        (streams,) = _U32.unpack_from(data, end)
-        at = end + _U32.size
-        for origin, *span in _SPAN.iter_unpack(data[at : at + streams * _SPAN.size]):
-            index.spans[topic, origin] = span
-        at += streams * _SPAN.size
-    index.topics = names
-    return index
+    at = _HEAD.size + mark_count * _MARK.size
+    marks = [Mark(*mark) for mark in _MARK.iter_unpack(data[_HEAD.size : at])]
+    topics: dict[bytes, tuple[int, int]] = {}
+    for _ in range(topic_count):
+        start = at + 1 + data[at]
+        topic = data[at + 1 : start]
+        (streams,) = _U32.unpack_from(data, start)
+        start += _U32.size
+        at = start + streams * _SPAN.size
+        topics[topic] = start, at
+    return SealedIndex(data, marks, topics)
 
 
 def index_identity(data: bytes) -> SegmentHeader | None:
@@ -200,29 +213,28 @@ def index_identity(data: bytes) -> SegmentHeader | None:
     return SegmentHeader(version, salt, uuid, base_offset, 0, 0, 0, crc32(b"", salt))
 
 
-def write_index(storage: Storage, segment: Segment, index: ActiveIndex, next_base: int) -> None:
-    """Put the index of a full segment beside it. Failing to is no harm: it will be rebuilt when it is needed."""
-    data = encode_index(index, segment, next_base)
+def write_index(storage: Storage, segment: Segment, data: bytes) -> None:
+    """Put an encoded index beside its segment. Failing to is no harm: it will be rebuilt when it is needed."""
     with contextlib.suppress(OSError):
         publish_file(storage, segment.directory, index_name(segment.name), [data], durable=False)
 
 
-def load_index(storage: Storage, segment: Segment, *, write: bool = True) -> SealedIndex:
+def load_index(storage: Storage, segment: Segment, *, write: bool = True) -> Index:
     """The index of a full segment: from its file, or by scanning the segment, and then (if `write`) written anew."""
     assert segment.next_base is not None
-    index: SealedIndex | None = None
+    index: Index | None = None
     with contextlib.suppress(OSError):
         index = decode_index(read_file(storage, f"{segment.directory}/{index_name(segment.name)}"), segment)
     if index is None:
-        index = build_index(storage, segment)
+        index = built = build_index(storage, segment)
         if write:
-            write_index(storage, segment, index, segment.next_base)
+            write_index(storage, segment, encode_index(built, segment, segment.next_base))
     return index
 
 
-def build_index(storage: Storage, segment: Segment) -> SealedIndex:
+def build_index(storage: Storage, segment: Segment) -> ActiveIndex:
     """Scan a full segment. Raises JournalCorrupt where it is damaged."""
-    index = SealedIndex(segment)
+    index = ActiveIndex(segment)
     fd = storage.open(segment.path)
     try:
         scanner = Scanner.whole(storage, fd, segment, segment.durable_end)
@@ -233,7 +245,6 @@ def build_index(storage: Storage, segment: Segment) -> SealedIndex:
             index.add_batch(scanner.record_at, batch)
     finally:
         storage.close(fd)
-    index.topics = list({topic for topic, _ in index.spans})
     return index
 
 

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Literal, NamedTuple
 
 from zmqbus.errors import JournalCorrupt, JournalUnavailable
-from zmqbus.journal.index import ActiveIndex, index_identity, index_name, load_index
+from zmqbus.journal.index import ActiveIndex, Index, index_identity, index_name, load_index
 from zmqbus.journal.positions import CURSORS, Cursor, Streams, decode_cursors, encode_cursors, recover_cursor
 from zmqbus.journal.reader import Accept, Reader
 from zmqbus.journal.records import (
@@ -111,7 +111,7 @@ class View:
     def storage(self) -> Storage:
         return self._storage
 
-    def index_of(self, segment: Segment) -> ActiveIndex:
+    def index_of(self, segment: Segment) -> Index:
         if segment.next_base is None:
             return ActiveIndex(segment)  # empty: start at the segment's beginning
         return load_index(self.storage, segment, write=False)

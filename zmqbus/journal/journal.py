@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from zlib import crc32
 
 from zmqbus.errors import JournalError, JournalFailed, JournalUnavailable, MessageTooLarge, NoSpace
-from zmqbus.journal.index import ActiveIndex, index_name, load_index, write_index
+from zmqbus.journal.index import ActiveIndex, Index, encode_index, index_name, load_index, write_index
 from zmqbus.journal.positions import (
     KEEP_ALL,
     U64_MAX,
@@ -56,9 +56,6 @@ SEQ_MAX = 1 << 62  # leaves room to add a count
 class Ticket:
     """One write's way to the disk. Only `synced` is for others to read."""
 
-    __slots__ = ("heads", "next_offset", "now_ns", "position", "refused", "rotate", "successor", "synced",
-                 "victims", "writer")  # fmt: skip
-
     def __init__(self, writer: SegmentWriter, next_offset: int, now_ns: int) -> None:
         self.writer = writer
         self.position = writer.position
@@ -80,7 +77,7 @@ class Journal:
     """A directory of segments with one writer. Open it with `Journal.open`."""
 
     def __init__(
-        self, directory: Directory, *, now_ns: int, segment_bytes: int, retention: Retention, streams_max: int
+        self, directory: Directory, now_ns: int, segment_bytes: int, retention: Retention, streams_max: int
     ) -> None:
         if retention.bytes_max is not None:  # it works in whole segments: a small journal needs small ones
             segment_bytes = min(segment_bytes, retention.bytes_max // 4)
@@ -89,10 +86,10 @@ class Journal:
         self._segment_bytes = max(segment_bytes, SEGMENT_BYTES_MIN)
         self._retention = retention
         self._streams = Streams(directory.path, streams_max)
-        self._known = self._streams.known
+        self._known = self._streams.known  # for `append`
         self._pending: list[_Pending] = []
         self._tickets: deque[Ticket] = deque()
-        self._indexes: dict[int, ActiveIndex] = {}
+        self._indexes: dict[int, Index] = {}
         self._rotating = False
         self._checkpointed = False
         self._failure: JournalError | None = None
@@ -132,10 +129,9 @@ class Journal:
         Raises JournalUnavailable, JournalLocked, JournalVersion, JournalCorrupt, NoSpace or JournalFailed.
         """
         directory = Directory.acquire(storage or Disk(), path)
-        options = {"segment_bytes": segment_bytes, "streams_max": streams_max}
         try:
             with os_errors("open", path):
-                return cls(directory, now_ns=now_ns, retention=retention, **options)
+                return cls(directory, now_ns, segment_bytes, retention, streams_max)
         except BaseException:
             directory.release()
             raise
@@ -206,10 +202,8 @@ class Journal:
         return self._streams.heads(accept)
 
     def forget(self, topic: bytes, origin: int) -> bool:
-        """Drop the dedup state of a stream whose publisher is known to be gone for good; its messages stay.
-
-        False, and nothing is forgotten, while something of it is on the way to the disk.
-        """
+        """Drop the dedup state of a stream whose publisher is known to be gone for good; its messages stay, but
+        `fetch` no longer finds them. False, and nothing is forgotten, while some are on the way to the disk."""
         return self._streams.forget(topic, origin)
 
     def write(self, now_ns: int) -> Ticket | None:
@@ -221,16 +215,15 @@ class Journal:
         self._check()
         if self._rotating or not self._pending:
             return None
-        writer, index = self._writer, self._indexes[self._writer.segment.base_offset]
-        salt, data_start = writer.segment.header.salt, writer.segment.header.data_start
-        durable_to, position = writer.synced, writer.position
+        writer, index = self._writer, self._index
+        salt, durable_to, position = writer.segment.header.salt, writer.synced, writer.position
         ticket = Ticket(writer, self._written_offset, now_ns)
         heads = ticket.heads
         buffers: list[Buffer] = []
         next_offset, taken = self._written_offset, 0
         for stream, offset, first_seq, count, time_ns, parts, size, external_bytes in self._pending:
             total = record_bytes(len(stream.topic), size)
-            if position + total > writer.capacity and position > data_start:
+            if position + total > writer.capacity and (taken or not writer.is_empty):
                 ticket.rotate = self._rotating = True
                 break
             crc = salt
@@ -294,16 +287,15 @@ class Journal:
     def finish(self, ticket: Ticket) -> Commit:
         """Take over what a synced ticket (and any written before it) achieved. Only now may it be acknowledged."""
         self._check()
-        if not ticket.synced:
-            raise RuntimeError("finish() before sync(): nothing may be acknowledged yet")
+        if not ticket.synced or ticket not in self._tickets:
+            raise RuntimeError("finish() before sync(), or twice: there is nothing to acknowledge")
         acked: dict[Stream, int] = {}
         refused: list[StreamSeq] = []
-        while self._tickets:
+        done = None
+        while done is not ticket:
             done = self._tickets.popleft()
             acked.update(done.heads)
             refused += done.refused
-            if done is ticket:
-                break
         ticket.writer.segment.durable_end = ticket.position
         self.durable_offset = ticket.next_offset
         for stream, seq in acked.items():
@@ -325,8 +317,7 @@ class Journal:
         victims = self._retention.victims(
             self.segments, self.cursors.slowest(), now_ns, room_for=room_for, full=self.full is not None
         )
-        if victims:
-            self.segments = self.segments[len(victims) :]
+        self.segments = self.segments[len(victims) :]
         return victims
 
     # --- disk calls ------------------------------------------------------------------------------
@@ -395,9 +386,8 @@ class Journal:
         try:
             if self._failure is None:
                 self.commit(now_ns)
-                if (ticket := self.checkpoint(now_ns)) is not None:
-                    self.sync(ticket)
-                    self.finish(ticket)
+                if self.checkpoint(now_ns) is not None:
+                    self.commit(now_ns)
         finally:
             self._failure = self._failure or JournalUnavailable(self._directory.path, "it has been closed")
             self._writer.close()
@@ -416,12 +406,10 @@ class Journal:
         """Bytes of all segments, preallocated ones included."""
         return sum(segment.file_bytes for segment in self.segments)
 
-    def index_of(self, segment: Segment) -> ActiveIndex:
+    def index_of(self, segment: Segment) -> Index:
         """The index of a segment, from a small cache. Raises JournalCorrupt, OSError."""
-        index = self._indexes.get(segment.base_offset)
-        if index is None:
-            index = load_index(self.storage, segment)
-            self._keep_index(segment, index)
+        if (index := self._indexes.get(segment.base_offset)) is None:
+            self._keep_index(segment, index := load_index(self.storage, segment))
         return index
 
     # --- inside ----------------------------------------------------------------------------------
@@ -457,11 +445,11 @@ class Journal:
         if self._retention.exceeded_by(self.bytes_used + self._segment_bytes):
             return NoSpace(self._directory.path, f"its limit is {self._retention.bytes_max:,} bytes")
         try:
-            successor = self._create(ticket.next_offset, ticket.now_ns, self._indexes[old.base_offset].max_time_ns)
+            successor = self._create(ticket.next_offset, ticket.now_ns, self._index.max_time_ns)
         except NoSpace as error:
             return error
         writer.seal()
-        write_index(self.storage, old, self._indexes[old.base_offset], ticket.next_offset)
+        write_index(self.storage, old, encode_index(self._index, old, ticket.next_offset))
         return successor
 
     def _create(self, base_offset: int, now_ns: int, max_time_ns: int) -> SegmentWriter:
@@ -476,8 +464,8 @@ class Journal:
             file_bytes=self._segment_bytes,
         )
 
-    def _keep_index(self, segment: Segment, index: ActiveIndex) -> None:
-        """Cache an index; forget older ones, but never the active segment's. Safe from any thread."""
+    def _keep_index(self, segment: Segment, index: Index) -> None:
+        """Cache an index, and forget older ones, but never the active segment's."""
         self._indexes[segment.base_offset] = index
         for base in list(self._indexes)[:-INDEX_CACHE]:
             if base != self._writer.segment.base_offset:
@@ -487,7 +475,8 @@ class Journal:
         self._writer.segment.next_base = writer.segment.base_offset
         self._writer.close()
         self._writer = writer
-        self._keep_index(writer.segment, ActiveIndex(writer.segment))
+        self._index = ActiveIndex(writer.segment)
+        self._keep_index(writer.segment, self._index)
         self.segments = (*self.segments, writer.segment)
 
     def _recover(self, now_ns: int) -> SegmentWriter:
@@ -495,11 +484,11 @@ class Journal:
         if not self.segments:
             writer = self._create(0, now_ns, 0)
             self.segments = (writer.segment,)
-            self._indexes[0] = ActiveIndex(writer.segment)
+            self._index = self._indexes[0] = ActiveIndex(writer.segment)
             return writer
         segment = self.segments[-1]
         self._streams.restore(read_snapshot(self.storage, segment))
-        index = self._indexes[segment.base_offset] = ActiveIndex(segment)
+        index = self._index = self._indexes[segment.base_offset] = ActiveIndex(segment)
 
         def on_record(position: int, batch: Batch) -> None:
             index.add_batch(position, batch)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from zmqbus.errors import JournalCorrupt
-from zmqbus.journal.index import ActiveIndex, Mark, Span, damage
+from zmqbus.journal.index import Index, Mark, Span, damage
 from zmqbus.journal.records import Batch, encode_heads
 from zmqbus.journal.segment import Scanner, Segment, read_snapshot
 from zmqbus.journal.storage import Storage, failed, os_errors
@@ -35,7 +35,7 @@ class Log(Protocol):
     @property
     def storage(self) -> Storage: ...
 
-    def index_of(self, segment: Segment) -> ActiveIndex: ...
+    def index_of(self, segment: Segment) -> Index: ...
 
 
 class Reader:

@@ -138,8 +138,8 @@ class Discovery:
             if self._session is not None and self._session.is_deaf():
                 self._warnings.say(
                     "deaf",
-                    f"this node does not hear its own announcements on {', '.join(self._addresses)}: does a firewall "
-                    "drop UDP port 5353? Peers can also be named by their endpoints",
+                    f"this node hears no announcement on {', '.join(self._addresses)}, not even its own: does a "
+                    "firewall drop UDP port 5353? Peers can also be named by their endpoints",
                 )
                 await self._shut(goodbye=False)
             if self._session is None:

@@ -20,32 +20,36 @@ from typing import NamedTuple
 
 from zeroconf import (  # type: ignore[attr-defined]  # public names that its __all__ forgets
     DNSAddress,
+    DNSOutgoing,
     DNSPointer,
-    DNSQuestionType,
+    DNSQuestion,
     DNSService,
     DNSText,
     Error,
     RecordUpdate,
     RecordUpdateListener,
     Zeroconf,
+    current_time_millis,
 )
-from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
+from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
 from zmqbus.net import clock
-from zmqbus.net.interfaces import is_loopback, local_addresses
+from zmqbus.net.interfaces import Address, is_loopback, local_addresses
 
 SERVICE_TYPE = "_zmqbus._tcp.local."
 
 ASKING_MAX = 16  # lookups under way for announcements that came incomplete; the next announcement asks again
 ASK_MS = 3000
 GOODBYE_PAUSES_S = (0.0, 0.05)  # zeroconf's own takes 0.25 s; a goodbye is a courtesy that nobody relies on
-DEAF_S = 2.0  # we hear our own announcement within milliseconds, or never
+DEAF_S = 2.0  # our own announcement comes back within milliseconds, or never
 # Before each packet of an announcement. Three at once against loss, as is usual; the last because receivers drop a
 # packet equal to one of the last 0.8 s, and keep a replaced address beside the new until it is 1 s old, so that an
 # announcement soon after another goes unheard, or is heard in part.
 ANNOUNCE_PAUSES_S = (0.0, 0.225, 0.225, 0.9)
 
-_TYPE_A = 1  # RFC 1035
+_QUERY = 0  # RFC 1035: the header flags of a question, record types, the class
+_TYPE_A = 1
+_TYPE_PTR = 12
 _CLASS_IN = 1
 _IP_MULTICAST_ALL = 49  # linux/in.h; the socket module does not name it
 
@@ -106,12 +110,11 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._aio: AsyncZeroconf | None = None
         self._listener = _Listener(self._note)
-        self._browser: AsyncServiceBrowser | None = None
         self._announcing: asyncio.Task[None] | None = None
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._noted: dict[str, bool] = {}  # instance -> whether it lives; looked at in the next turn of the loop
         self._announced_at = 0.0
-        self._heard_ourselves = False
+        self._heard = False
 
     async def open(self) -> None:
         """Listen, then announce. Raises OSError, with everything closed again, if the network does not allow it."""
@@ -120,14 +123,19 @@ class Session:
         aio.zeroconf.async_add_listener(self._listener, None)
         try:
             # Shielded, because whoever is cancelled in there cancels what `async_close` waits for.
-            await asyncio.shield(aio.zeroconf.async_wait_for_start())
-            self._confine(aio.zeroconf)
+            starting = asyncio.ensure_future(aio.zeroconf.async_wait_for_start())
+            starting.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may fail unwatched
+            await asyncio.shield(starting)
+            self._confine(aio.zeroconf, local_addresses())
             await self._join(aio)
-            await self._browse(aio, None)
+            if not aio.zeroconf.engine.senders:
+                raise OSError("no address could join the multicast group")
+            # On a LAN, unicast answers spare the others; but of several processes on one host any one may get them.
+            self._ask_who(aio.zeroconf, unicast=not all(map(is_loopback, self._addresses)))
             # Registering by async_register_service would probe for a conflict of names first, and UUIDs have none:
             # the first announcement would leave 1.2 s later.
             aio.zeroconf.registry.async_add(self._info)
-            self._announce(aio)
+            self._announce(aio.zeroconf, then_ask=True)
         except Error as error:
             await self.close(goodbye=False)
             raise OSError(str(error) or type(error).__name__) from error
@@ -138,6 +146,7 @@ class Session:
     async def refresh(self) -> None:
         """Report what is remembered, ask for the rest, announce."""
         assert self._aio is not None
+        await self._join(self._aio)
         cache = self._aio.zeroconf.cache
         for pointer in cache.async_entries_with_name(SERVICE_TYPE):
             if not isinstance(pointer, DNSPointer) or pointer.alias.lower() == self._info.key:
@@ -148,14 +157,12 @@ class Session:
                 # Not heard for two minutes, or SRV and A would be here still; the PTR alone lasts an hour. Were
                 # it named as known in our question, its owner would keep silent, so forget it before asking.
                 cache.async_remove_records([pointer])
-        # A new browser asks four times within 14 s, naming what we know, so that only the unknown answer. By
-        # multicast: of several processes on one host, only some one gets a unicast answer.
-        await self._browse(self._aio, DNSQuestionType.QM)
-        self._announce(self._aio)
+        self._ask_who(self._aio.zeroconf, unicast=False)
+        self._announce(self._aio.zeroconf, then_ask=False)
 
     def is_deaf(self) -> bool:
-        """Whether our last announcement should have come back to us by now, and has not."""
-        return not self._heard_ourselves and clock.now() - self._announced_at > DEAF_S
+        """Whether we have heard no announcement since our last, not even that one, which should have come back."""
+        return not self._heard and clock.now() - self._announced_at > DEAF_S
 
     async def close(self, *, goodbye: bool) -> None:
         """Stop; 50 ms later if with a goodbye. Safe at any stage of `open`, and twice."""
@@ -164,14 +171,15 @@ class Session:
             return
         try:
             aio.zeroconf.async_remove_listener(self._listener)
-            if self._browser is not None:
-                await self._browser.async_cancel()
             tasks = list(self._asking.values())
             if self._announcing is not None:
                 tasks.append(self._announcing)  # else it would announce us once more after the goodbye
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # Answers wait up to a second for others to join them. After the goodbye they would bring us back to life.
+            aio.zeroconf.out_queue.queue.clear()
+            aio.zeroconf.out_delay_queue.queue.clear()
             if goodbye and (out := aio.zeroconf.generate_unregister_all_services()) is not None:
                 for pause in GOODBYE_PAUSES_S:
                     await asyncio.sleep(pause)
@@ -180,7 +188,7 @@ class Session:
             aio.zeroconf.registry.async_remove(self._info)  # what is not registered gets no goodbye
             await aio.async_close()
 
-    def _confine(self, zeroconf: Zeroconf) -> None:
+    def _confine(self, zeroconf: Zeroconf, local: Sequence[Address]) -> None:
         """Hear only what arrives by our addresses.
 
         Linux gives a socket bound to 0.0.0.0 every multicast group that any process of the host has joined on any
@@ -189,39 +197,53 @@ class Session:
         """
         if sys.platform != "linux":
             return
-        on_loopback = [address.interface for address in local_addresses() if address.ip in self._addresses]
-        for reader in zeroconf.engine.readers:  # at this point just the listening socket
-            reader.sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
-            if on_loopback and all(map(is_loopback, self._addresses)):
-                try:
-                    reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, on_loopback[0].encode())
-                except PermissionError:  # Linux before 5.7 asks for CAP_NET_RAW
-                    self._warn("confine", "this kernel does not let port 5353 be confined to loopback")
+        loopback = [address.interface for address in local if address.ip in self._addresses]
+        try:
+            for reader in zeroconf.engine.readers:  # at this point just the listening socket
+                reader.sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
+                if loopback and all(map(is_loopback, self._addresses)):
+                    reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, loopback[0].encode())
+        except OSError as error:  # before Linux 5.7 the latter takes CAP_NET_RAW
+            self._warn("confine", f"port 5353 cannot be confined to {', '.join(self._addresses)} here: {error}")
 
     async def _join(self, aio: AsyncZeroconf) -> None:
-        """Join the multicast group by each address; one that fails does not spoil the others."""
-        joined: list[str] = []
+        """Join the multicast group on each interface, as far as not done; one that fails does not spoil the others."""
+        interfaces = {address.ip: address.interface.partition(":")[0] for address in local_addresses()}
+        sending: list[str] = [sender.sock_name[0] for sender in aio.zeroconf.engine.senders]
         for address in self._addresses:
-            try:
-                await aio.async_update_interfaces([*joined, address])
-            except OSError as error:
-                self._warn(address, f"cannot use {address}: {error}")
-            else:
-                joined.append(address)
-        if not aio.zeroconf.engine.senders:
-            raise OSError("no address could join the multicast group")
+            if address not in interfaces:
+                self._warn(address, f"{address} is not an address of this machine now")
+            elif interfaces[address] not in {interfaces.get(other) for other in sending}:  # one sends for them all
+                try:
+                    await aio.async_update_interfaces([*sending, address])
+                except OSError as error:
+                    self._warn(address, f"cannot use {address}: {error}")
+                else:
+                    sending.append(address)
 
-    async def _browse(self, aio: AsyncZeroconf, question_type: DNSQuestionType | None) -> None:
-        """Ask who is there. The browser only asks: it is silent about repeated announcements, `_Listener` is not."""
-        if self._browser is not None:
-            await self._browser.async_cancel()
-        self._browser = AsyncServiceBrowser(aio.zeroconf, SERVICE_TYPE, handlers=[_ignore], question_type=question_type)
+    def _ask_who(self, zeroconf: Zeroconf, *, unicast: bool) -> None:
+        """Ask who is there, naming those we know, so that only the others answer.
 
-    def _announce(self, aio: AsyncZeroconf) -> None:
+        A ServiceBrowser would ask four times within 14 s. Among 200 nodes that name each other that was most of the
+        traffic, and it is not needed where everyone announces anew every minute.
+        """
+        out = DNSOutgoing(_QUERY)
+        question = DNSQuestion(SERVICE_TYPE, _TYPE_PTR, _CLASS_IN)
+        question.unicast = unicast
+        out.add_question(question)
+        now = current_time_millis()
+        for pointer in zeroconf.cache.async_all_by_details(SERVICE_TYPE, _TYPE_PTR, _CLASS_IN):
+            if not pointer.is_stale(now):
+                out.add_answer_at_time(pointer, now)
+        zeroconf.async_send(out)
+
+    def _announce(self, zeroconf: Zeroconf, *, then_ask: bool) -> None:
         async def send() -> None:
             for pause in ANNOUNCE_PAUSES_S:
                 await asyncio.sleep(pause)
-                aio.zeroconf.async_send(aio.zeroconf.generate_service_broadcast(self._info, None))
+                zeroconf.async_send(zeroconf.generate_service_broadcast(self._info, None))
+            if then_ask:  # once more, by multicast, for what was lost or went to another process of this host
+                self._ask_who(zeroconf, unicast=False)
 
         def sent(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
@@ -232,12 +254,12 @@ class Session:
         self._announcing = self._loop.create_task(send())
         self._announcing.add_done_callback(sent)
         self._announced_at = clock.now()
-        self._heard_ourselves = False
+        self._heard = False
 
     def _note(self, instance: str, lives: bool) -> None:
         """Called from inside zeroconf, which stores the records only after this: look in the next turn."""
+        self._heard = True
         if instance.lower() == self._info.key:
-            self._heard_ourselves = True
             return
         if not self._noted:
             self._loop.call_soon(self._look_at_noted)
@@ -328,7 +350,3 @@ class LogFunnel(logging.Handler):
 
     def detach(self) -> None:
         logging.getLogger("zeroconf").removeHandler(self)
-
-
-def _ignore(**_event: object) -> None:
-    """A browser insists on having a handler."""

@@ -52,6 +52,8 @@ NOBLOCK = zmq.NOBLOCK
 SNDMORE = zmq.SNDMORE
 FD = zmq.FD
 EVENTS = zmq.EVENTS
+POLLOUT = zmq.POLLOUT
+LINGER = zmq.LINGER
 RCVMORE = zmq.RCVMORE
 RCVHWM = zmq.RCVHWM
 SNDHWM = zmq.SNDHWM
@@ -287,8 +289,10 @@ class SocketFactory:
 
     # --- watching handshakes -------------------------------------------------------------------
 
-    def handshake_monitor(self, socket: Socket) -> Socket:
+    def handshake_monitor(self, socket: Socket, *, outcome: bool = False) -> Socket:
         """A PAIR that tells of `socket`'s failed handshakes and nothing else; see `parse_monitor`. For clients.
+
+        With `outcome` also of HANDSHAKE_SUCCEEDED, and DISCONNECTED after that.
 
         After HANDSHAKE_FAILED_AUTH or …_PROTOCOL libzmq never dials that endpoint again: `disconnect`, then
         `connect` after a pause. …_NO_DETAIL (the connection broke off, or nobody answered in time: a peer that is
@@ -297,7 +301,8 @@ class SocketFactory:
         Read it to the end whenever it stirs: one that is left unread for MONITOR_EVENTS_MAX events freezes the
         whole context. Close both with `close_monitored`; closing only the PAIR freezes the context as well.
         """
-        return self._monitor(socket, _HANDSHAKE_FAILED)
+        both = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        return self._monitor(socket, _HANDSHAKE_FAILED | both if outcome else _HANDSHAKE_FAILED)
 
     def close_monitored(self, socket: Socket, monitor: Socket, linger_ms: int = 0) -> None:
         """Close a socket and its monitor, in the one order that cannot freeze the context.

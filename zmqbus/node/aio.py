@@ -17,7 +17,7 @@ from zmqbus.errors import ForkedProcess, NodeClosed
 from zmqbus.net.clock import now
 from zmqbus.net.keys import BusKey
 from zmqbus.node.engine import Config, Engine
-from zmqbus.node.events import EVENTS_MAX, Event, Undelivered
+from zmqbus.node.events import EVENTS_MAX, Event, TopicInfo, Undelivered
 from zmqbus.node.intake import Intake
 from zmqbus.node.node import CLOSE_TIMEOUT
 from zmqbus.node.publishing import TICK, Publisher
@@ -355,7 +355,7 @@ class AsyncNode:
     @property
     def endpoints(self) -> dict[str, str]:
         """Where this node can be reached: {"inbox": "tcp://…", "pub": "tcp://…"}."""
-        return dict(self._engine.endpoints)
+        return self._engine.peering.endpoints
 
     def peers(self) -> list[Peer]:
         """The other nodes that are on the bus now. Does not wait."""
@@ -368,6 +368,10 @@ class AsyncNode:
     async def wait_for_subscribers(self, topic: str, n: int = 1, timeout: float | None = None) -> int:
         """See `Node.wait_for_subscribers`."""
         return await self._ready().wait_for_subscribers(topic, n, timeout)
+
+    async def topics(self, *patterns: str, timeout: float = 2.0) -> list[TopicInfo]:
+        """See `Node.topics`."""
+        return await self._ready().topics(patterns, timeout)
 
     def events(self) -> AsyncEventStream:
         """What happens from now on: PeerJoined, PeerLeft, DuplicateName, Gap, Warned."""

@@ -14,6 +14,7 @@ import secrets
 import socket as system
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
 from zmqbus.errors import (
@@ -29,20 +30,20 @@ from zmqbus.net.clock import now, time_ns
 from zmqbus.net.discovery import check_bus
 from zmqbus.net.interfaces import is_loopback, resolve_interface
 from zmqbus.net.keys import BusKey
-from zmqbus.net.sockets import SocketFactory, parse_endpoint
+from zmqbus.net.sockets import NO_KEY, SocketFactory, parse_endpoint
 from zmqbus.net.zap import ZapHandler, stranger_is_refused
 from zmqbus.node import RELEASE
-from zmqbus.node.events import Event, Undelivered, Warned
+from zmqbus.node.events import Event, TopicInfo, Undelivered, Warned
 from zmqbus.node.intake import Intake
-from zmqbus.node.links import Inbox
+from zmqbus.node.links import Feed, Inbox
 from zmqbus.node.peering import Peering
-from zmqbus.node.publishing import TICK, Outlet
+from zmqbus.node.publishing import STREAMS_MAX, TICK, Outlet
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
 from zmqbus.protocol.frames import decode_batches
 from zmqbus.protocol.history import HISTORY_BYTES_MAX
 from zmqbus.protocol.peers import Peer
-from zmqbus.protocol.topics import check_pattern, covering_prefixes
+from zmqbus.protocol.topics import Matcher, check_pattern, covering_prefixes
 from zmqbus.protocol.tracking import Fetch, Gap
 
 HEARTBEAT_PERIOD = 1.0
@@ -91,7 +92,9 @@ class Config(NamedTuple):
         if isinstance(peers, str):
             raise SetupError(f"peers is a list of endpoints, not one string: peers=[{peers!r}]")
         for peer in peers:
-            parse_endpoint(peer)
+            host, _ = parse_endpoint(peer)
+            if key is None and not is_loopback(host):
+                raise SetupError(f"peer {peer} is not on this machine: {NO_KEY}")
         if discovery not in ("mdns", "static", "both"):
             raise SetupError(f"discovery={discovery!r}: use 'mdns', 'static' or 'both'")
         if key is not None and not isinstance(key, BusKey):
@@ -101,10 +104,7 @@ class Config(NamedTuple):
         elif key is None:
             interface = "127.0.0.1"
         if key is None and interface is not None and not is_loopback(interface):
-            raise SetupError(
-                f"without a bus key a node stays on this machine, not on {interface}: create a key with "
-                "'zmqbus keygen FILE' and pass --key-file/key="
-            )
+            raise SetupError(f"interface {interface} is open to the network: {NO_KEY}")
         if history_bytes is not None and history_bytes < 0:
             raise SetupError(f"history_bytes={history_bytes}: use 0 or more")
         size = HISTORY_BYTES_MAX if history_bytes is None else history_bytes
@@ -132,7 +132,6 @@ class Engine:
     ) -> None:
         self.config = config
         self.origin = secrets.randbits(64) or 1
-        self.endpoints: dict[str, str] = {}
         self.intakes: dict[int, Intake] = {}
         self.refusal: ZmqbusError | None = NodeClosed(f"node {config.name!r} is not open")
         self._loop = loop
@@ -158,7 +157,7 @@ class Engine:
         try:
             await self._open()
         except BaseException:
-            self._factory.close()
+            await self._shut()
             raise
 
     async def _open(self) -> None:
@@ -192,10 +191,6 @@ class Engine:
             mdns=config.mdns,
             ports=(inbox_port, pub_port),
         )
-        self.endpoints = {
-            "inbox": f"tcp://{self.peering.address}:{inbox_port}",
-            "pub": f"tcp://{self.peering.address}:{pub_port}",
-        }
         self._inbox = Inbox(router, self._loop, self.peering.on_command, self.garbage)
         self.refusal = None
         self.peering.start(self._inbox)
@@ -217,18 +212,33 @@ class Engine:
         outlet.refuse(self.refusal)
         for intake in list(self.intakes.values()):
             intake.close(self.refusal)
-        for timer in self._timers.values():
-            timer.cancel()
-        await self.peering.close()
-        if self._inbox is not None:
-            self._inbox.close()
-        outlet.close(LINGER_MS)
-        if self._zap is not None:
-            self._zap.close()
+        await self._shut()
         for listener in self._listeners:
             listener.close()
-        await self._loop.run_in_executor(None, self._factory.close)  # waits for the linger
         return undelivered
+
+    async def _shut(self) -> None:
+        """Close whatever is open."""
+        for timer in self._timers.values():
+            timer.cancel()
+        if hasattr(self, "peering"):
+            await self.peering.close()
+        if self._inbox is not None:
+            self._inbox.close()
+        if hasattr(self, "outlet"):
+            self.outlet.close(LINGER_MS)
+        if self._zap is not None:
+            self._zap.close()
+        if self._in_turns is None:  # a loop of our own, that has nothing else to do
+            self._factory.close()
+        else:
+            done: asyncio.Future[None] = self._loop.create_future()
+            Thread(target=self._close_factory, args=(done,), name="zmqbus close", daemon=True).start()
+            await done
+
+    def _close_factory(self, done: asyncio.Future[None]) -> None:
+        self._factory.close()  # waits for the linger
+        self._soon(done.set_result, None)
 
     def forked(self) -> None:
         """In a forked child: everything here is the parent's."""
@@ -287,10 +297,11 @@ class Engine:
         for prefix in covering_prefixes(patterns):
             socket.subscribe(prefix)
         self._numbers += 1
+        registry = self.peering.registry
         intake = Intake(
             self._numbers,
             patterns,
-            socket,
+            Feed(self._factory, self._loop, socket, wake, registry.changed),
             self,
             self._sources,
             value_type=value_type,
@@ -299,10 +310,9 @@ class Engine:
             wake=wake,
         )
         self.intakes[intake.number] = intake
-        intake.connect(self._factory, self._own_pub)
+        intake.feed.connect(self._own_pub)
         intake.heads(self.origin, self.heads(intake.patterns), more=False)
         self.peering.connect(intake)
-        registry = self.peering.registry
         await registry.until(lambda: registry.registered(intake), REGISTER_TIMEOUT)
         return intake
 
@@ -437,27 +447,31 @@ class Engine:
             **self._counters,
         }
 
-    async def peer_statistics(self, origin: int, topics: bool, timeout: float) -> list[commands.Statistics]:
-        """What a peer says of itself; with `topics`, also of its streams. Empty when it does not answer."""
-        answers: list[commands.Statistics] = []
-        skip = 0
-        while True:
-            future: asyncio.Future[Command | None] = self._loop.create_future()
+    async def topics(self, patterns: Sequence[str], timeout: float) -> list[TopicInfo]:
+        """The streams of every peer and our own that fit. Peers that do not answer are warned of."""
+        matches = Matcher(patterns or (">",)).matches
+        peers = self.peering.peers()
+        answers = await asyncio.gather(*(self._streams_of(peer, timeout) for peer in peers))
+        own = (self.config.name, self.origin, self.outlet.topics(0, STREAMS_MAX))
+        found = []
+        for name, origin, streams in [own] + [(p.name, p.origin, a) for p, a in zip(peers, answers, strict=True)]:
+            for encoded, seq, size in streams:
+                if matches(topic := encoded.decode(errors="replace")):
+                    found.append(TopicInfo(topic, origin, name, seq, size))
+        return sorted(found, key=lambda info: (info.topic, info.node, info.origin))
 
-            def answered(command: Command | None, future: asyncio.Future[Command | None] = future) -> None:
-                if not future.done():
-                    future.set_result(command)
-
-            link = self.peering.links.get(origin)
-            if link is None or not link.ask(commands.Stats(topics, skip), answered, timeout):
-                return answers
-            command = await future
-            if command is None or not isinstance(command.body, commands.Statistics):
-                return answers
-            answers.append(command.body)
-            skip += len(command.body.topics)
-            if not command.body.more:
-                return answers
+    async def _streams_of(self, peer: Peer, timeout: float) -> list[tuple[bytes, int, int]]:
+        streams: list[tuple[bytes, int, int]] = []
+        while len(streams) <= STREAMS_MAX:
+            link = self.peering.links.get(peer.origin)
+            answer = await link.question(commands.Stats(True, len(streams)), timeout) if link else None
+            if answer is None or not isinstance(answer.body, commands.Statistics):
+                self.emit(Warned(f"{peer.name} did not say within {timeout:g} s what it publishes"))
+                break
+            streams += answer.body.topics
+            if not answer.body.more or not answer.body.topics:
+                break
+        return streams
 
     # --- events, from any thread -----------------------------------------------------------------
 

@@ -28,6 +28,16 @@ class Undelivered(msgspec.Struct, frozen=True):
     origin: int
 
 
+class TopicInfo(msgspec.Struct, frozen=True):
+    """One stream as its publisher knows it: `seq` of its last message, `bytes` sent on it so far."""
+
+    topic: str
+    origin: int
+    node: str
+    seq: int
+    bytes: int
+
+
 Event = PeerJoined | PeerLeft | DuplicateName | Gap | Warned
 
 

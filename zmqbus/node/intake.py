@@ -4,7 +4,7 @@ A message's way in: `refill` takes a frame off the SUB socket; if it is simply t
 always, its values are decoded by one C call and become `items`, an iterator of messages; everything else goes
 through the tracker. No thread of its own, no queue between: the consumer drains when it wants more.
 
-The engine speaks to an intake through `post` (work to be done by the consumer, in order) and `connect`; both end in
+The engine speaks to an intake through `post` (work to be done by the consumer, in order) and its `feed`; both end in
 a wake-up, because the socket's FD is edge-triggered and a connect may have swallowed the edge.
 """
 
@@ -20,7 +20,8 @@ import msgspec
 
 from zmqbus.errors import DecodeError, ForkedProcess, GapError, NodeClosed, RemoteProtocolError
 from zmqbus.net.clock import now
-from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVHWM, RCVMORE, Again, Socket, SocketFactory
+from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVHWM, RCVMORE, Again
+from zmqbus.node.links import Feed
 from zmqbus.protocol.frames import DATA, EXTERNAL, HEAD, HEADER_BYTES, Batch, ValueDecoder, parse_header
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.tracking import SETTLED, Fetch, Gap, Tracker
@@ -54,7 +55,7 @@ class Intake:
         self,
         number: int,
         patterns: Sequence[str],
-        socket: Socket,
+        feed: Feed,
         driver: Driver,
         sources: Callable[[str, int], Sequence[int]],
         *,
@@ -65,8 +66,9 @@ class Intake:
     ) -> None:
         self.number = number
         self.patterns = list(patterns)
-        self.socket = socket
-        self.lock = Lock()
+        self.feed = feed
+        self.socket = feed.socket
+        self.lock = feed.lock
         self.items: Iterator[Message] = iter(())
         """Messages decoded and not yet consumed; may be advanced without the lock."""
         self.gaps: deque[Gap] = deque(maxlen=GAPS_KEPT)
@@ -88,20 +90,6 @@ class Intake:
     def fd(self) -> int:
         """Readable when something may have arrived; edge-triggered."""
         return int(self.socket.get(FD))
-
-    def connect(self, factory: SocketFactory, endpoint: str) -> None:
-        """Receive from one more PUB."""
-        with self.lock:
-            if self.closed is None:
-                factory.connect(self.socket, endpoint)
-        self.wake()
-
-    def disconnect(self, factory: SocketFactory, endpoint: str) -> None:
-        """No longer receive from a PUB."""
-        with self.lock:
-            if self.closed is None:
-                factory.disconnect(self.socket, endpoint)
-        self.wake()
 
     def post(self, work: Callable[[], None]) -> None:
         """Have the consumer do this before it looks at the socket again."""
@@ -153,7 +141,7 @@ class Intake:
                 self.closed = reason or NodeClosed("the subscription is closed")
                 if not forked:
                     self.before_close()
-                    self.socket.close(0)
+                    self.feed.close()
         if not forked:
             self.wake()
 

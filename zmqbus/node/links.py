@@ -1,21 +1,24 @@
-"""Commands over sockets: a `Link` is the DEALER to one peer's inbox, the `Inbox` is our own ROUTER.
+"""Connections: a `Link` is the DEALER to one peer's inbox, the `Inbox` our own ROUTER, a `Feed` a SUB to many PUBs.
 
-A link asks and gets answers; an inbox is asked and answers. Both run on the engine's loop. What a command *means*
-is not known here.
+A link asks and gets answers, an inbox is asked and answers. What a command *means* is not known here. A feed is
+connected and kept connected here, and read by somebody else. All of it runs on the engine's loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import random
 from collections.abc import Callable, Sequence
+from threading import Lock
 
-from zmqbus.errors import RemoteProtocolError
+from zmqbus.errors import RemoteProtocolError, ZmqbusError
 from zmqbus.net.adapter import FdWatch
-from zmqbus.net.sockets import NOBLOCK, Again, Refused, Socket, SocketFactory
+from zmqbus.net.sockets import EVENTS, LINGER, NOBLOCK, POLLOUT, Again, Refused, Socket, SocketFactory, parse_monitor
 from zmqbus.protocol.commands import Body, Command, Error, UnknownCommand, decode_command, encode_command
 
 DRAIN_MAX = 64  # commands taken in a row before other work has its turn
+REDIAL = (0.5, 1.5)  # seconds, after a failed handshake
 
 Answer = Callable[[Command | None], None]
 """Called once, with the answer, or with None when there is none in time."""
@@ -39,6 +42,7 @@ class Link:
         self.pub: str | None = None  # the peer's PUB, once known
         self.declared: set[int] = set()  # our subscriptions that this peer was told of
         self.refused: str | None = None  # why the handshake failed, if it did
+        self.awaits_welcome = False  # it was sent a HELLO, and has not answered yet
         self._factory = factory
         self._loop = loop
         self._on_command = on_command
@@ -48,9 +52,18 @@ class Link:
         self._hello: Callable[[Link], bool] | None = hello
         self._socket = factory.dealer()
         self._monitor = factory.handshake_monitor(self._socket) if factory.secure else None
-        factory.connect(self._socket, endpoint)
+        try:
+            factory.connect(self._socket, endpoint)
+        except ZmqbusError:
+            self._close_socket(0)
+            raise
         self._watch = FdWatch(loop, self._socket, self._drain)
         self._monitor_watch = FdWatch(loop, self._monitor, self._drain_monitor) if self._monitor else None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether something could be sent to the peer now."""
+        return bool(self._socket.get(EVENTS) & POLLOUT)
 
     def send(self, body: Body) -> bool:
         """Say something that needs no answer. False: the peer cannot be reached now."""
@@ -65,16 +78,31 @@ class Link:
         self._pending[number] = (on_answer, self._loop.call_later(timeout, self._answered, number, None))
         return True
 
+    async def question(self, body: Body, timeout: float) -> Command | None:
+        """Ask and wait for the answer; None when there is none within `timeout` seconds."""
+        future: asyncio.Future[Command | None] = self._loop.create_future()
+
+        def answered(command: Command | None) -> None:
+            if not future.done():  # whoever waited may have given up
+                future.set_result(command)
+
+        return await future if self.ask(body, answered, timeout) else None
+
     def close(self, linger_ms: int = 0) -> None:
         """Let go of the peer. Questions that are still open get None."""
         self._watch.close()
-        if self._monitor is not None and self._monitor_watch is not None:
+        if self._monitor_watch is not None:
             self._monitor_watch.close()
-            self._factory.close_monitored(self._socket, self._monitor)
-        else:
-            self._socket.close(linger_ms)
+        self._close_socket(linger_ms)
         for number in list(self._pending):
             self._answered(number, None)
+
+    def _close_socket(self, linger_ms: int) -> None:
+        if self._monitor is None:
+            self._socket.close(linger_ms)
+        else:
+            self._socket.set(LINGER, linger_ms)
+            self._factory.close_monitored(self._socket, self._monitor)
 
     def _send(self, parts: Sequence[bytes]) -> bool:
         if self._socket.closed:
@@ -124,6 +152,76 @@ class Link:
                 self.refused = "its key does not fit ours"
         except Again:
             return False
+
+
+class Feed:
+    """A SUB's connections. Its reader may be another thread: both take `lock`, and `wake` tells of swallowed signals.
+
+    A failed handshake ends libzmq's own attempts for good; here the endpoint is dialled again after a pause.
+    """
+
+    def __init__(
+        self,
+        factory: SocketFactory,
+        loop: asyncio.AbstractEventLoop,
+        socket: Socket,
+        wake: Callable[[], None],
+        on_attached: Callable[[], None],
+    ) -> None:
+        self.socket = socket
+        self.lock = Lock()
+        self.attached: set[str] = set()
+        """Endpoints whose connection stands: what they send from now on arrives, unless a queue is full."""
+        self._factory = factory
+        self._loop = loop
+        self._wake = wake
+        self._on_attached = on_attached
+        self._endpoints: set[str] = set()
+        self._monitor = factory.handshake_monitor(socket, outcome=True)
+        self._watch = FdWatch(loop, self._monitor, self._drain)
+
+    def connect(self, endpoint: str) -> None:
+        """Receive from one more PUB."""
+        self._endpoints.add(endpoint)
+        with self.lock:
+            if not self.socket.closed:
+                self._factory.connect(self.socket, endpoint)
+        self._wake()
+
+    def disconnect(self, endpoint: str) -> None:
+        """No longer receive from a PUB."""
+        self._endpoints.discard(endpoint)
+        self.attached.discard(endpoint)
+        with self.lock:
+            if not self.socket.closed:
+                self._factory.disconnect(self.socket, endpoint)
+        self._wake()
+
+    def close(self) -> None:
+        """Let go of all. Under the lock."""
+        self._watch.close()
+        self._endpoints.clear()
+        self._factory.close_monitored(self.socket, self._monitor)
+
+    def _drain(self) -> bool:
+        for _ in range(DRAIN_MAX):
+            try:
+                event, endpoint, _ = parse_monitor(self._monitor.recv_multipart(NOBLOCK))
+            except Again:
+                return False
+            if event == "HANDSHAKE_SUCCEEDED":
+                self.attached.add(endpoint)
+                self._on_attached()
+            else:
+                self.attached.discard(endpoint)
+                if event != "DISCONNECTED" and event != "HANDSHAKE_FAILED_NO_DETAIL":
+                    self._loop.call_later(random.uniform(*REDIAL), self._redial, endpoint)
+        return True
+
+    def _redial(self, endpoint: str) -> None:
+        if endpoint in self._endpoints and endpoint not in self.attached:
+            self.disconnect(endpoint)
+            self.connect(endpoint)
 
 
 class Inbox:

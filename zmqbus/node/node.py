@@ -24,7 +24,7 @@ from zmqbus.net.clock import now
 from zmqbus.net.keys import BusKey
 from zmqbus.net.waker import Waker
 from zmqbus.node.engine import Config, Engine
-from zmqbus.node.events import EventStream, Undelivered
+from zmqbus.node.events import EventStream, TopicInfo, Undelivered
 from zmqbus.node.intake import Intake
 from zmqbus.node.publishing import Publisher
 from zmqbus.protocol.message import Message
@@ -253,7 +253,7 @@ class Node:
     @property
     def endpoints(self) -> dict[str, str]:
         """Where this node can be reached: {"inbox": "tcp://…", "pub": "tcp://…"}."""
-        return dict(self._engine.endpoints)
+        return self._engine.peering.endpoints
 
     def peers(self) -> list[Peer]:
         """The other nodes that are on the bus now."""
@@ -274,6 +274,16 @@ class Node:
             WaitTimeout: it had not within `timeout` seconds.
         """
         return self._call(self._engine.wait_for_subscribers(topic, n, timeout))
+
+    def topics(self, *patterns: str, timeout: float = 2.0) -> list[TopicInfo]:
+        """Every stream on the bus whose topic fits a pattern (none: all), by topic; each publisher is asked.
+
+        Publishers that do not answer within `timeout` seconds are missing, and named by a Warned event.
+
+        Raises:
+            TopicError: a pattern breaks the grammar.
+        """
+        return self._call(self._engine.topics(patterns, timeout))
 
     def events(self) -> EventStream:
         """What happens from now on: PeerJoined, PeerLeft, DuplicateName, Gap, Warned."""

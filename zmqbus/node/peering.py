@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
-from zmqbus.errors import RemoteProtocolError, SetupError
+from zmqbus.errors import AuthError, RemoteProtocolError, SetupError
 from zmqbus.net.adapter import FdWatch
 from zmqbus.net.clock import now
 from zmqbus.net.discovery import Discovery, Found
@@ -18,7 +18,7 @@ from zmqbus.net.interfaces import AddressWatch, best_candidate
 from zmqbus.net.sockets import NOBLOCK, Again, SocketFactory, parse_endpoint
 from zmqbus.node.events import Event, Warned
 from zmqbus.node.intake import Intake
-from zmqbus.node.links import Inbox, Link
+from zmqbus.node.links import Feed, Inbox, Link
 from zmqbus.node.registry import ASK_AGAIN, Registry, Streams
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PEERS_PER_HELLO, Command, Hello, Welcome
@@ -39,6 +39,7 @@ from zmqbus.protocol.peers import (
 )
 
 HELLO_TIMEOUT = 10.0
+STALLED, CATCH_UP = 1.0, 0.25  # so late a timer means that nothing ran; then read what has arrived, first
 HEARTBEATS_MAX = 100_000  # unread frames on the control SUB: 4096 peers for 24 s
 ADDRESS_POLL = 2.0
 REFRESH_MIN, REFRESH_MAX = 30.0, 60.0  # how often to announce and browse anew
@@ -93,6 +94,7 @@ class Peering:
         self._pubs: dict[int, str] = {}  # which PUB of a peer our SUBs are connected to
         self._guests: dict[bytes, int] = {}  # by routing identity on our inbox
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self._timers: list[asyncio.TimerHandle] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused_told: set[str] = set()
@@ -114,6 +116,7 @@ class Peering:
         self._control = factory.sub(HEARTBEATS_MAX)
         self._control.subscribe(HEARTBEAT_PREFIX)
         self._control_watch = FdWatch(loop, self._control, self._drain_control)
+        self._heartbeats = Feed(factory, loop, self._control, self._control_watch.check, lambda: None)
 
     def start(self, inbox: Inbox) -> None:
         """Begin to look for others, and to be found."""
@@ -126,14 +129,15 @@ class Peering:
         self._every(ASK_AGAIN, self.registry.ask_again)
 
     @property
-    def address(self) -> str:
-        """The one of our addresses to show."""
-        return next(iter(self._addresses.addresses), "127.0.0.1")
+    def endpoints(self) -> dict[str, str]:
+        """Our inbox and PUB, at the first of our present addresses. From any thread."""
+        address = next(iter(self._addresses.addresses), "127.0.0.1")
+        return {"inbox": f"tcp://{address}:{self._inbox_port}", "pub": f"tcp://{address}:{self._pub_port}"}
 
     def connect(self, intake: Intake) -> None:
         """Connect a new subscription to every publisher, and have it registered there."""
         for pub in self._pubs.values():
-            intake.connect(self._factory, pub)
+            intake.feed.connect(pub)
         self.registry.declare(intake)
 
     # --- questions -------------------------------------------------------------------------------
@@ -153,7 +157,11 @@ class Peering:
         for output in outputs:
             match output:
                 case Dial(endpoint=endpoint):
-                    self._dial(endpoint)
+                    link = self._dialled.get(endpoint)
+                    # A peer that is connected and has our HELLO is busy, as when a whole LAN boots, and would be busier
+                    # with a fresh connection and another HELLO to look at.
+                    if link is None or not (link.awaits_welcome and link.is_connected):
+                        self._dial(endpoint)
                 case Greet(endpoint=endpoint):
                     if (link := self._dialled.get(endpoint)) is not None:
                         self._hello(link)
@@ -180,10 +188,17 @@ class Peering:
         if self._timer is not None:
             self._timer.cancel()
         due = self._membership.next_timer()
+        self._due = now() if due is None else due
         self._timer = None if due is None else self._loop.call_later(max(0.0, due - now()), self._tick)
 
     def _tick(self) -> None:
+        late = self._timer is not None and now() - self._due > STALLED
         self._timer = None
+        if late:
+            # This process was stopped, or the machine asleep. What came in meanwhile counts before what did not.
+            self._due = now() + CATCH_UP
+            self._timer = self._loop.call_later(CATCH_UP, self._tick)
+            return
         self._perform(self._membership.tick(now()))
 
     def _dial(self, endpoint: str) -> None:
@@ -192,7 +207,7 @@ class Peering:
             self._drop(old)
         try:
             link = Link(self._factory, self._loop, endpoint, self._on_answer, self._garbage, self._hello)
-        except SetupError as error:
+        except (SetupError, AuthError) as error:
             self._host.emit(Warned(f"cannot dial {endpoint}: {error}"))
             return
         self._dialled[endpoint] = link
@@ -221,6 +236,7 @@ class Peering:
     def _left(self, peer: Peer, reason: str) -> None:
         if reason == "silent":
             self._refresh_at = min(self._refresh_at, now() + REFRESH_SOON * random.uniform(0.5, 1.5))
+            self._reconnect_pub(peer.origin)
         else:
             for intake in self._host.intakes.values():
                 intake.origin_gone(peer.origin)
@@ -240,10 +256,12 @@ class Peering:
         hello = self._introduction(Hello, subscriptions=wanted)
         if not link.ask(hello, lambda command: self._welcomed(link, command), HELLO_TIMEOUT):
             return False
+        link.awaits_welcome = True
         link.declared = {subscribed.id for subscribed in wanted}
         return True
 
     def _welcomed(self, link: Link, command: Command | None) -> None:
+        link.awaits_welcome = False
         if command is None or self._dialled.get(link.endpoint) is not link:
             return
         body = command.body
@@ -322,13 +340,17 @@ class Peering:
 
     def _hints(self, body: Hello) -> None:
         """Whom a peer knows."""
+        outputs: list[Output] = []
         for origin, endpoint in body.peers:
+            if self._membership.state(origin) is State.JOINED:
+                continue  # no news: among n nodes that boot together nearly all of n³ hints
             try:
                 host, _ = parse_endpoint(endpoint)
             except SetupError:
                 continue
             if best_candidate([host], self._addresses.local):
-                self._perform(self._membership.hint(origin, endpoint, now()))
+                outputs += self._membership.hint(origin, endpoint, now())
+        self._perform(outputs)
 
     def _found(self, found: Found) -> None:
         """mDNS: somebody announced itself."""
@@ -367,22 +389,30 @@ class Peering:
     def _connect_pub(self, link: Link) -> None:
         assert link.origin is not None
         assert link.pub is not None
-        if self._pubs.get(link.origin) == link.pub:
-            return
-        self._disconnect_pub(link.origin)
-        self._pubs[link.origin] = link.pub
-        self._factory.connect(self._control, link.pub)
-        self._control_watch.check()
+        if self._pubs.get(link.origin) != link.pub:
+            self._disconnect_pub(link.origin)
+            self._connect_to_pub(link.origin, link.pub)
+
+    def _reconnect_pub(self, origin: int) -> None:
+        """The connection may be dead without a word: a SUB never sends, so that TCP has no cause to find it out."""
+        pub = self._pubs.get(origin)
+        if pub is not None:
+            self._disconnect_pub(origin)
+            self._connect_to_pub(origin, pub)
+
+    def _connect_to_pub(self, origin: int, pub: str) -> None:
+        self._pubs[origin] = pub
+        self._heartbeats.connect(pub)
         for intake in self._host.intakes.values():
-            intake.connect(self._factory, link.pub)
+            intake.feed.connect(pub)
 
     def _disconnect_pub(self, origin: int) -> None:
         pub = self._pubs.pop(origin, None)
         if pub is None or pub in self._pubs.values():
             return
-        self._factory.disconnect(self._control, pub)
+        self._heartbeats.disconnect(pub)
         for intake in self._host.intakes.values():
-            intake.disconnect(self._factory, pub)
+            intake.feed.disconnect(pub)
 
     def _drain_control(self) -> bool:
         time = now()
@@ -410,14 +440,17 @@ class Peering:
     # --- the network under us --------------------------------------------------------------------
 
     def _poll_addresses(self) -> None:
-        if self._discovery is None:
-            return
+        before = set(self._addresses.addresses)
         addresses = self._addresses.poll()
         if addresses is not None:
-            self._spawn(self._discovery.set_addresses(addresses))
+            if self._discovery is not None:
+                self._spawn(self._discovery.set_addresses(addresses))
+            if not before.issubset(addresses):  # connections may be from one that is gone
+                for origin in list(self._pubs):
+                    self._reconnect_pub(origin)
             for link in list(self._dialled.values()):  # say where we are now, over fresh connections
                 self._dial(link.endpoint)
-        elif now() >= self._refresh_at:
+        elif self._discovery is not None and now() >= self._refresh_at:
             self._refresh_at = now() + random.uniform(REFRESH_MIN, REFRESH_MAX)
             self._spawn(self._discovery.refresh())
 
@@ -456,4 +489,4 @@ class Peering:
         self._dialled.clear()
         self.links.clear()
         self._control_watch.close()
-        self._control.close(0)
+        self._heartbeats.close()

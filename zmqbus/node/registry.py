@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from zmqbus.protocol.commands import HEADS_PER_COMMAND, SUBSCRIPTIONS_MAX, Comma
 from zmqbus.protocol.topics import Matcher
 
 ASK_AGAIN = 1.0  # seconds after which an unanswered SUBSCRIBE is repeated
+UNCONFIRMED = 30.0  # for so long a repeated SUBSCRIBE is owed from the first: its answer may not have arrived
 LEAVE_PATIENCE = 5.0  # a leaving peer is not kept in mind longer than this; it waits less itself
 
 
@@ -30,19 +32,25 @@ class Streams(Protocol):
         """Topic and next seq of those that fit."""
 
 
+@dataclass(slots=True, eq=False)
+class Registration:
+    """One subscription of a node, as registered here."""
+
+    patterns: list[str]
+    matches: Callable[[str], bool]
+    heads: dict[bytes, int] | None
+    """What it was owed from: our streams then. Kept for UNCONFIRMED, because the answer may have been lost."""
+
+
 class Interest:
     """What one node subscribed to."""
 
     def __init__(self) -> None:
-        self.subscriptions: dict[int, tuple[list[str], Matcher]] = {}
-
-    def put(self, number: int, patterns: list[str]) -> None:
-        """A subscription, new or changed."""
-        self.subscriptions[number] = (patterns, Matcher(patterns))
+        self.subscriptions: dict[int, Registration] = {}
 
     def count(self, topic: str) -> int:
         """How many subscriptions a topic fits."""
-        return sum(matcher.matches(topic) for _, matcher in self.subscriptions.values())
+        return sum(registration.matches(topic) for registration in self.subscriptions.values())
 
 
 class Registry:
@@ -112,14 +120,19 @@ class Registry:
 
     def declare(self, intake: Intake) -> None:
         """Have a new subscription registered everywhere."""
-        self._interests[self._origin].put(intake.number, intake.patterns)
+        registration = Registration(intake.patterns, Matcher(intake.patterns).matches, None)
+        self._interests[self._origin].subscriptions[intake.number] = registration
         for link in self._links.values():
             self.subscribe(link, intake)
         self.changed()
 
     def registered(self, intake: Intake) -> bool:
-        """Whether every peer that can be reached has answered with all its HEADS."""
-        return all(intake.tracker.knows(origin) for origin in self._links if self._joined(origin))
+        """Whether every peer that can be reached has answered with all its HEADS, and its PUB is connected."""
+        return all(
+            intake.tracker.knows(origin) and link.pub in intake.feed.attached
+            for origin, link in self._links.items()
+            if self._joined(origin)
+        )
 
     def withdraw(self, number: int) -> None:
         """A subscription is closed."""
@@ -178,12 +191,13 @@ class Registry:
 
     def on_hello(self, identity: bytes, origin: int, request: int, subscriptions: list[Subscribed]) -> None:
         """A HELLO names all that its sender wants."""
-        if origin != self._origin:
-            interest = self._interests[origin] = Interest()
-            for subscribed in subscriptions:
-                interest.put(subscribed.id, subscribed.patterns)
+        if origin == self._origin:
+            return
+        before = self._interests.get(origin, Interest())
+        self._interests[origin] = Interest()
         for subscribed in subscriptions:
-            self._answer_heads(identity, request, subscribed.id, subscribed.patterns)
+            earlier = before.subscriptions.get(subscribed.id)
+            self._register(identity, origin, request, subscribed.id, subscribed.patterns, earlier)
 
     def on_command(self, identity: bytes, origin: int, command: Command) -> bool:
         """A command came in. False: it is not one of ours."""
@@ -194,8 +208,8 @@ class Registry:
                     error = Error("limit", f"at most {SUBSCRIPTIONS_MAX} subscriptions to a node")
                     self.inbox.answer(identity, error, command.request)
                 else:
-                    interest.put(number, patterns)
-                    self._answer_heads(identity, command.request, number, patterns)
+                    earlier = interest.subscriptions.get(number)
+                    self._register(identity, origin, command.request, number, patterns, earlier)
                     self.changed()
             case commands.Unsubscribe(id=number):
                 if origin in self._interests:
@@ -213,17 +227,28 @@ class Registry:
         self._interests.pop(origin, None)
         self._leaving.pop(origin, None)
 
-    def _answer_heads(self, identity: bytes, request: int, number: int, patterns: list[str]) -> None:
-        for body in self._heads(number, patterns):
-            self.inbox.answer(identity, body, request)
-
-    def _heads(self, number: int, patterns: list[str]) -> list[commands.Heads]:
+    def _register(
+        self,
+        identity: bytes,
+        origin: int,
+        request: int,
+        number: int,
+        patterns: list[str],
+        earlier: Registration | None,
+    ) -> None:
+        """From here on the subscription is owed all that fits, or from where an earlier request put it."""
         heads = self._streams.heads(patterns)
-        starts = range(0, max(1, len(heads)), HEADS_PER_COMMAND)
-        return [
-            commands.Heads(number, heads[at : at + HEADS_PER_COMMAND], at + HEADS_PER_COMMAND < len(heads))
-            for at in starts
-        ]
+        if earlier is not None and earlier.heads is not None and earlier.patterns == patterns:
+            self._interests[origin].subscriptions[number] = earlier
+            since = [(topic, earlier.heads.get(topic, 1)) for topic, _ in heads]
+            for body in _heads(number, since, more=True):
+                self.inbox.answer(identity, body, request)
+        else:
+            registration = Registration(patterns, Matcher(patterns).matches, dict(heads))
+            self._interests[origin].subscriptions[number] = registration
+            self._loop.call_later(UNCONFIRMED, setattr, registration, "heads", None)
+        for body in _heads(number, heads):
+            self.inbox.answer(identity, body, request)
 
     # --- leaving ---------------------------------------------------------------------------------
 
@@ -256,8 +281,8 @@ class Registry:
         waiting: dict[int, asyncio.Future[None]] = {}
         for origin, link in self._links.items():
             interest = self._interests.get(origin, Interest())
-            for number, (patterns, _) in interest.subscriptions.items():
-                for body in self._heads(number, patterns):
+            for number, registration in interest.subscriptions.items():
+                for body in _heads(number, self._streams.heads(registration.patterns)):
                     link.send(body)
             done: asyncio.Future[None] = self._loop.create_future()
             asked = link.ask(commands.Bye(), partial(_answered, done), timeout + 1)
@@ -271,3 +296,11 @@ class Registry:
 def _answered(done: asyncio.Future[None], command: Command | None) -> None:
     if command is not None and not done.done():
         done.set_result(None)
+
+
+def _heads(number: int, heads: list[tuple[bytes, int]], more: bool = False) -> list[commands.Heads]:
+    """As commands of bounded size, of which the last says that it is."""
+    return [
+        commands.Heads(number, heads[at : at + HEADS_PER_COMMAND], more or at + HEADS_PER_COMMAND < len(heads))
+        for at in range(0, max(1, len(heads)), HEADS_PER_COMMAND)
+    ]

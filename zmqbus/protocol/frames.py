@@ -21,6 +21,9 @@ that a single value of EXTERNAL_BYTES_MIN or more travels as a second part, so t
     HEADERS               one msgpack array of two arrays: `count` values, `count` header maps (or nil)
     EXTERNAL              as above, but in a second message part; count is 1
     EXTERNAL | RAW        a second part that *is* the one value, of msgpack type bin, without any packing
+
+Other flags, and RAW in other company, are refused: who does not know a flag cannot read the payload. Other kinds are
+let pass by `parse_header`, to be ignored: they may be news of a later version, but never messages.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ HEARTBEAT = 3
 HEADERS = 1
 EXTERNAL = 2
 RAW = 4
+
+_EXTERNALS = (EXTERNAL, EXTERNAL | HEADERS, EXTERNAL | RAW)
 
 HEADER = Struct("<BBHIQQQ")
 HEADER_BYTES = HEADER.size
@@ -111,13 +116,13 @@ def parse_header(frame: bytes) -> tuple[int, int, int, int, int, int, int]:
     if kind == DATA:
         if not first or not count or first + count - 1 > SEQ_MAX:
             raise RemoteProtocolError(f"frame: bad seq range, {count} from {first}")
-        if flags & EXTERNAL:
-            if count != 1 or len(frame) != cut + 1 + HEADER_BYTES:
-                raise RemoteProtocolError("frame: an external value must be alone, with an empty payload")
-        elif flags & RAW:
-            raise RemoteProtocolError("frame: a raw value must be external")
-        elif count > len(frame) - cut - HEADER_BYTES - 2:  # a value takes a byte, the array around them one more
-            raise RemoteProtocolError(f"frame: {count} values cannot be in {len(frame)} bytes")
+        if flags <= HEADERS:
+            if count > len(frame) - cut - HEADER_BYTES - 2:  # a value takes a byte, the array around them one more
+                raise RemoteProtocolError(f"frame: {count} values cannot be in {len(frame)} bytes")
+        elif flags not in _EXTERNALS:
+            raise RemoteProtocolError(f"frame: flags {flags:#06x} have no meaning")
+        elif count != 1 or len(frame) != cut + 1 + HEADER_BYTES:
+            raise RemoteProtocolError("frame: an external value must be alone, with an empty payload")
     return cut, kind, flags, count, origin, first, time_ns
 
 
@@ -164,7 +169,7 @@ class ValueDecoder:
 
         Raises:
             RemoteProtocolError: the payload is not `count` values of msgpack.
-            msgspec.ValidationError: it is, but at least one does not fit the type; see `decode_each`.
+            msgspec.ValidationError: something is not of the type it should be; `decode_each` tells what.
         """
         flags = batch.flags
         if flags & RAW:
@@ -185,7 +190,11 @@ class ValueDecoder:
         return values, headers
 
     def decode_each(self, batch: Batch) -> tuple[list[Any], list[dict[str, Any] | None] | None]:
-        """Like `decode`, but a value that does not fit comes back as its ValidationError, in its place."""
+        """Like `decode`, but a value that does not fit comes back as its ValidationError, in its place.
+
+        Raises:
+            RemoteProtocolError: the payload is not `count` values of msgpack.
+        """
         if batch.flags & RAW:
             try:
                 return [self._from_raw(batch.parts[1])], None
@@ -207,6 +216,8 @@ class ValueDecoder:
                 values.append(self._item.decode(raw))
             except msgspec.ValidationError as error:
                 values.append(error)
+            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+                raise RemoteProtocolError(f"payload: {error}") from None
         return values, headers
 
     def _from_raw(self, value: bytes) -> Any:

@@ -9,7 +9,7 @@ from collections import deque
 from typing import NamedTuple
 
 HISTORY_BYTES_MAX = 64 * 1024 * 1024
-ENTRY_BYTES = 200  # what Python spends on a batch beside its bytes; keeps the bound honest for tiny batches
+ENTRY_BYTES = 280  # what Python spends on a batch beside its bytes; keeps the bound honest for tiny batches
 
 Entry = tuple[int, int, tuple[bytes, ...], int]  # first, end, parts, cost in bytes
 

@@ -160,13 +160,16 @@ class Membership:
             entry.hinted_at = now
             self._dial(entry, now, out)
             return out
+        news = now - entry.hinted_at >= DIAL_S_MAX  # what all others say again and again, at the boot of a LAN, is none
         entry.hinted_at = now
         if not entry.welcomed:
             if entry.peer.origin == origin and entry.link != inbox:
+                news = news or entry.hinted != inbox
                 entry.hinted = inbox
-            entry.attempts = 0
-            entry.dial_at = min(entry.dial_at, now + self._delay(0))  # never later: hints cannot put off a dial
-            self._mind(entry)
+            if news:
+                entry.attempts = 0
+                entry.dial_at = min(entry.dial_at, now + self._delay(0))  # never later: hints cannot put off a dial
+                self._mind(entry)
         return out
 
     def greeted(self, peer: Peer, now: float) -> Outputs:

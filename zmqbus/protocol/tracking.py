@@ -2,12 +2,17 @@
 
 Sans-IO: knows no sockets, threads or clock; callers pass `now` (monotonic seconds). The rules:
 
-1. A stream is owed from the seq its publisher named in HEADS when the subscription was registered (earlier by
-   `history`); a stream that begins after that, from 1.
+1. A stream is owed from the seq its publisher named in HEADS when the subscription was registered; one that begins
+   after that, from 1. `history` reaches back before that as far as publishers can, and what they cannot is no loss.
 2. Of every stream the next expected seq is known. That one is delivered. Older ones are duplicates. Newer ones
    are held, and what lies between is fetched: from the publisher, then from whoever else may have it.
 3. What nobody has is a `Gap`, exact, delivered in its place in the stream. Nothing is skipped without one.
-4. What is held is bounded by bytes. Beyond that newer batches are let go, to be fetched when their turn comes.
+   Nobody has it when the publisher and all who can be reached said so, or failed to answer for PATIENCE.
+4. News that came beside the data path is `soft`: what it tells of may still be in the socket, so wait a moment
+   and until the socket is empty before fetching.
+5. What is held is bounded by bytes. Beyond that newer batches are let go, to be fetched when their turn comes. What
+   was fetched is delivered or dropped, never held.
+6. A publisher that was forgotten and returns goes on where it was: what it published meanwhile is owed.
 
 A driver feeds `observe`, `observe_head`, `heads` and `fetched`, takes what is ready from `ready` in order, and sends
 what `repairs(now)` says. The ordinary case, the next batch of a known stream, is so cheap that a driver may do it
@@ -16,9 +21,9 @@ itself: see `Stream.next`.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 import msgspec
 
@@ -27,10 +32,12 @@ from zmqbus.protocol.topics import Matcher
 
 HELD_BYTES_MAX = 16 * 1024 * 1024  # per subscription: a few round trips' worth of repair
 EARLY_BYTES_MAX = 4 * 1024 * 1024  # frames that arrive before their publisher's HEADS
+BATCH_BYTES = 300  # what Python spends on a batch beside its bytes; keeps both bounds honest for tiny batches
+FORGOTTEN_STREAMS_MAX = 20_000  # of publishers that may yet return, per subscription; about 500 bytes each
 FETCHES_MAX = 8  # in flight per subscription: no storm after a partition
-FETCH_TIMEOUT = 1.0  # for the first try, doubled for each further one
-FETCH_TRIES = 4  # per source: 1 + 2 + 4 + 8 s
-ORPHAN_PATIENCE = 15.0  # how long a gap waits for a source that is away to come back
+FETCH_TIMEOUT = 1.0  # for the first try; 2, 4 and then always 8 s for those that follow
+FETCH_TRIES = 4  # a source that is given up has failed so often, 1 + 2 + 4 + 8 s,
+PATIENCE = 15.0  # and for so long. Also how long a hole waits for somebody who can be asked to come back
 SOFT_DELAY = 0.05  # news that came beside the data path: the data may still be on its way
 
 
@@ -64,6 +71,10 @@ QUEUED = 1  # to be asked for as soon as there is room in flight
 ASKED = 2  # a Fetch is on its way; `due` is when to stop waiting
 PARKED = 3  # waits until `due`: for data that may still arrive, for a source to come back, or before a new try
 
+# What most streams have, shared: a hundred thousand of them may be settled at once.
+_NOTHING_HELD: deque[Batch] = deque(maxlen=0)
+_NOBODY_LACKS: dict[int, int] = {}
+
 
 class Stream(msgspec.Struct, gc=False, eq=False):
     """One stream, as one subscription sees it. While `place` is SETTLED, `target` equals `next`."""
@@ -74,14 +85,16 @@ class Stream(msgspec.Struct, gc=False, eq=False):
     """The seq to be delivered next."""
     target: int
     """One past the highest seq known to exist."""
+    owed: int
+    """What is not to be had is a loss from here on; before, it is history that would have been nice to have."""
     place: int = SETTLED
-    held: deque[Batch] = msgspec.field(default_factory=deque)
-    tried: list[int] = []  # sources that do not have what is next
+    held: deque[Batch] = msgspec.field(default_factory=lambda: _NOTHING_HELD)  # beyond `next`, in order
+    lacks: dict[int, int] = msgspec.field(default_factory=lambda: _NOBODY_LACKS)  # source -> lacks all before this
     asked: Fetch | None = None
     due: float = 0.0
-    tries: int = 0
-    since: float = 0.0  # when the hole was noticed, or last grew smaller
-    soft: bool = False  # the hole is known only from beside the data path
+    tries: int = 0  # failures in a row
+    since: float = 0.0  # when the hole was noticed, or last grew smaller, or another source's turn came
+    soft: bool = False  # parked until the socket is empty: the hole is known only from beside the data path
 
 
 Ready = tuple[Stream, Batch, int] | Gap
@@ -106,20 +119,24 @@ class Tracker:
         self.streams: dict[tuple[bytes, int], Stream | None] = {}
         """By (topic, origin); None for those that the prefix let through but the patterns do not want."""
         self.lost = 0
+        """Messages in all Gaps."""
         self.repaired = 0
+        """Messages delivered out of the answer to a Fetch."""
         self.duplicates = 0
+        """Messages that came once more than they were delivered."""
         self._matches = Matcher(patterns).matches
         self._sources = sources
         self._history = history
         self._registered: set[int] = set()  # origins whose HEADS are complete
+        self._forgotten: dict[int, int] = {}  # origins that had registered, oldest first -> number of streams
         self._early: deque[Batch] = deque()
         self._early_bytes = 0
         self._held_bytes = 0
         self._held_bytes_max = held_bytes_max
         self._unsettled: dict[tuple[bytes, int], Stream] = {}
-        self._queue: deque[Stream] = deque()
+        self._queue: OrderedDict[Stream, None] = OrderedDict()
         self._asked: list[Stream] = []
-        self._parked: list[tuple[float, int, Stream]] = []
+        self._parked: list[tuple[float, int, Stream]] = []  # a heap; entries of streams that moved on are void
         self._parkings = 0  # breaks ties in the heap
 
     # --- what the world says ---------------------------------------------------------------------
@@ -130,15 +147,17 @@ class Tracker:
         if stream is not None:
             if batch.end > stream.target:
                 stream.target = batch.end
-            if batch.first <= stream.next:
-                self._deliver(stream, batch)
+            if batch.end <= stream.next:
+                self.duplicates += batch.count
+            elif batch.first <= stream.next:
+                self._advance(stream, batch)
+                stream.since = now
+                stream.tries = 0
             else:
                 self._hold(stream, batch)
             self._review(stream, now)
         elif batch.origin not in self._registered and (batch.topic, batch.origin) not in self.streams:
-            if self._early_bytes + batch.size <= EARLY_BYTES_MAX:  # else it is a hole later, and fetched
-                self._early.append(batch)
-                self._early_bytes += batch.size
+            self._keep_early(batch)
 
     def observe_head(self, topic: bytes, origin: int, following: int, now: float) -> None:
         """The live socket says: all before `following` has been sent before this."""
@@ -150,20 +169,23 @@ class Tracker:
     def heads(self, origin: int, heads: Iterable[tuple[bytes, int]], more: bool, now: float) -> None:
         """A publisher named the next seq of its streams: on registering the subscription (again), or on leaving."""
         registered = origin in self._registered
+        since_the_beginning = registered or origin in self._forgotten
         for topic, following in heads:
             key = (topic, origin)
             stream = self.streams.get(key)
-            if stream is None:
-                if key in self.streams:
-                    continue
-                stream = self._open(key, 1 if registered else max(1, following - self._history))
-                if stream is None:
-                    continue
-            if following > stream.target:
+            soft = True
+            if stream is None and key not in self.streams:
+                if since_the_beginning:
+                    stream = self._open(key, 1, 1)
+                else:
+                    stream = self._open(key, max(1, following - self._history), following)
+                    soft = False  # history is not on its way
+            if stream is not None and following > stream.target:
                 stream.target = following
-                self._review(stream, now, soft=registered)
+                self._review(stream, now, soft)
         if not registered and not more:
             self._registered.add(origin)
+            self._forgotten.pop(origin, None)
             early, self._early = self._early, deque()
             self._early_bytes = 0
             for batch in early:
@@ -174,24 +196,25 @@ class Tracker:
         stream = self.streams.get((asked.topic, asked.origin))
         if stream is None or stream.asked != asked:
             return  # too late: it was asked for anew
-        before = stream.next
-        self._landed(stream)
-        for batch in batches:
-            if (batch.topic, batch.origin) != stream.key or batch.first > asked.last or batch.end <= stream.next:
+        before, lacks = stream.next, stream.lacks
+        for batch in sorted(batches, key=_first):
+            if (batch.topic, batch.origin) != stream.key or batch.first > asked.last:
                 continue
             if batch.first > stream.next:
-                self._absent(stream, batch.first - 1, asked.source)
-            self.repaired += batch.end - max(batch.first, stream.next)
-            if batch.first <= stream.next:
-                self._deliver(stream, batch)
-            else:
-                self._hold(stream, batch)
-        if stream.next <= min(last, asked.last):
-            self._absent(stream, min(last, asked.last), asked.source)
-        if stream.next > before:
-            stream.since = now
-            stream.tries = 0
-        self._review(stream, now)
+                self._absent(stream, asked.source, batch.first, now)
+                if batch.first > stream.next:
+                    break  # another source may have what comes before; this one's turn comes again
+            if batch.end > stream.next:
+                self.repaired += batch.end - stream.next
+                self._advance(stream, batch)
+                stream.since = now
+                stream.tries = 0
+        else:
+            self._absent(stream, asked.source, min(last, asked.last) + 1, now)
+        if stream.next == before and stream.lacks is lacks:
+            self._failed(stream, now)  # it says nothing about what was asked
+        else:
+            self._attend(stream)
 
     def refused(self, asked: Fetch, now: float) -> None:
         """A Fetch could not be sent, or was answered by an error: ask another source, or later again."""
@@ -208,22 +231,26 @@ class Tracker:
     def origin_gone(self, origin: int, now: float) -> None:
         """A publisher left for good: what only it had is lost now, not after a wait."""
         for stream in [s for s in self._unsettled.values() if s.key[1] == origin]:
-            if stream.asked is not None and stream.asked.source == origin:
-                self._landed(stream)
-            stream.since = now - ORPHAN_PATIENCE
-            if stream.place != ASKED:
-                self._enqueue(stream)
+            if stream.soft:  # except for what may be in the socket
+                stream.lacks = {**stream.lacks, origin: stream.target}
+                continue
+            self._absent(stream, origin, stream.target, now)
+            if stream.asked is None or stream.asked.source == origin or stream.next >= stream.target:
+                self._attend(stream)
 
     def forget(self, origin: int) -> None:
-        """Drop all that is known of an origin that will not come back; holes that remain are reported as lost."""
-        self._registered.discard(origin)
-        for key in [key for key in self.streams if key[1] == origin]:
-            stream = self.streams[key]
-            if stream is not None:
-                while stream.next < stream.target:
-                    self._lose(stream, self._hole(stream))
-                self._settle(stream)
-            del self.streams[key]
+        """A publisher is not even awaited any more: its holes are lost. Its streams go on should it return."""
+        self._early = deque(batch for batch in self._early if batch.origin != origin)
+        self._early_bytes = sum(map(_cost, self._early))
+        for stream in [s for s in self._unsettled.values() if s.key[1] == origin]:
+            self._give_up(stream, stream.target)
+            self._settle(stream)
+        if origin in self._registered:
+            self._registered.discard(origin)
+            self._forgotten[origin] = 1 + sum(key[1] == origin for key in self.streams)
+            self._drop_streams(self._too_many_forgotten())
+        elif origin not in self._forgotten:
+            self._drop_streams({origin})
 
     # --- what to do ------------------------------------------------------------------------------
 
@@ -240,16 +267,16 @@ class Tracker:
                     self._enqueue(stream)
         out = []
         while self._queue and len(self._asked) < FETCHES_MAX:
-            stream = self._queue.popleft()
-            if stream.place == QUEUED and (fetch := self._ask(stream, now)) is not None:
+            stream = next(iter(self._queue))
+            if (fetch := self._ask(stream, now)) is not None:
                 out.append(fetch)
         return out
 
     def timer(self) -> float | None:
-        """When `repairs` has something to do next, if nothing happens before."""
-        dues = [stream.due for stream in self._asked]
-        if self._queue and len(dues) < FETCHES_MAX:
+        """When `repairs` has something to do next, if nothing happens before; 0 is at once."""
+        if self._queue and len(self._asked) < FETCHES_MAX:
             return 0.0
+        dues = [stream.due for stream in self._asked]
         if self._parked:
             dues.append(self._parked[0][0])
         return min(dues, default=None)
@@ -268,140 +295,195 @@ class Tracker:
         key = (topic, origin)
         stream = self.streams.get(key)
         if stream is None and key not in self.streams and origin in self._registered:
-            stream = self._open(key, 1)
+            stream = self._open(key, 1, 1)
         return stream
 
-    def _open(self, key: tuple[bytes, int], start: int) -> Stream | None:
+    def _open(self, key: tuple[bytes, int], start: int, owed: int) -> Stream | None:
         try:
             topic = key[0].decode()
         except UnicodeDecodeError:
             return None
-        stream = Stream(topic, key, start, start) if self._matches(topic) else None
+        stream = Stream(topic, key, start, start, owed) if self._matches(topic) else None
         self.streams[key] = stream
         return stream
 
-    def _deliver(self, stream: Stream, batch: Batch) -> None:
-        """Make a batch ready that begins at or before `next`, and what was held behind it."""
-        if batch.end <= stream.next:
-            self.duplicates += batch.count
-            return
-        held = stream.held
+    def _keep_early(self, batch: Batch) -> None:
+        """Of a publisher whose HEADS are not here yet."""
+        if self._early_bytes + _cost(batch) <= EARLY_BYTES_MAX:  # else it is a hole later, and fetched
+            self._early.append(batch)
+            self._early_bytes += _cost(batch)
+
+    def _too_many_forgotten(self) -> set[int]:
+        """Forget for good who was forgotten first, as many as the bound demands."""
+        excess = sum(self._forgotten.values()) - FORGOTTEN_STREAMS_MAX
+        dropped = set()
+        while excess > 0:
+            oldest = next(iter(self._forgotten))
+            excess -= self._forgotten.pop(oldest)
+            dropped.add(oldest)
+        return dropped
+
+    def _drop_streams(self, origins: set[int]) -> None:
+        for key in [key for key in self.streams if key[1] in origins] if origins else ():
+            stream = self.streams.pop(key)
+            if stream is not None and stream.place != SETTLED:
+                self._give_up(stream, stream.target)
+                self._settle(stream)
+
+    def _advance(self, stream: Stream, batch: Batch) -> None:
+        """Make a batch ready that reaches from `next` or before to beyond it, and what was held behind it."""
         while True:
-            if batch.end > stream.next:
-                self.ready.append((stream, batch, stream.next - batch.first))
+            skip = min(stream.next - batch.first, batch.count)
+            self.duplicates += skip
+            if skip < batch.count:
+                self.ready.append((stream, batch, skip))
                 stream.next = batch.end
-            if not held or held[0].first > stream.next:
+            if not stream.held or stream.held[0].first > stream.next:
                 break
-            batch = held.popleft()
-            self._held_bytes -= batch.size
-        stream.tried = []
+            batch = stream.held.popleft()
+            self._held_bytes -= _cost(batch)
+        if stream.next > stream.target:
+            stream.target = stream.next
 
     def _hold(self, stream: Stream, batch: Batch) -> None:
+        if not stream.held:
+            stream.held = deque()
         held = stream.held
         place = len(held)
-        while place and held[place - 1].first >= batch.first:
+        while place and held[place - 1].first > batch.first:
             place -= 1
-        if place < len(held) and held[place].first == batch.first:
+        if place and held[place - 1].end >= batch.end:
             self.duplicates += batch.count
-        elif self._held_bytes + batch.size <= self._held_bytes_max:
+        elif self._held_bytes + _cost(batch) <= self._held_bytes_max:
             held.insert(place, batch)
-            self._held_bytes += batch.size
+            self._held_bytes += _cost(batch)
 
     def _hole(self, stream: Stream) -> int:
         """The last seq of the first hole, which begins at `stream.next`."""
         return (stream.held[0].first if stream.held else stream.target) - 1
 
-    def _absent(self, stream: Stream, last: int, source: int) -> None:
-        """`source` does not have next..last. Another may; with none left it is lost."""
-        if source not in stream.tried:
-            stream.tried = [*stream.tried, source]
-        if all(other in stream.tried for other in self._sources(stream.topic, stream.key[1])):
-            self._lose(stream, min(last, self._hole(stream)))
-
     def _lose(self, stream: Stream, last: int) -> None:
-        self.ready.append(Gap(stream.topic, stream.key[1], stream.next, last))
-        self.lost += last - stream.next + 1
+        """No longer wait for `next` to `last`, all of them in the first hole."""
+        first = max(stream.next, stream.owed)
+        if first <= last:
+            self.ready.append(Gap(stream.topic, stream.key[1], first, last))
+            self.lost += last - first + 1
         stream.next = last + 1
-        stream.tried = []
-        if stream.held and stream.held[0].first <= stream.next:
+        if stream.held and stream.held[0].first == stream.next:
             batch = stream.held.popleft()
-            self._held_bytes -= batch.size
-            self._deliver(stream, batch)
+            self._held_bytes -= _cost(batch)
+            self._advance(stream, batch)
+
+    def _give_up(self, stream: Stream, end: int) -> None:
+        """No longer wait for what is missing before `end`."""
+        while stream.next < end:
+            self._lose(stream, min(self._hole(stream), end - 1))
 
     # --- inside: repair --------------------------------------------------------------------------
 
     def _review(self, stream: Stream, now: float, soft: bool = False) -> None:
-        """After any change: is there a hole, and is somebody looking after it?"""
+        """After news: is there a hole, and is somebody looking after it?"""
         if stream.next >= stream.target:
             self._settle(stream)
         elif stream.place == SETTLED:
             self._unsettled[stream.key] = stream
             stream.since = now
-            stream.soft = soft
             stream.tries = 0
             if soft:
                 self._park(stream, now + SOFT_DELAY)
+                stream.soft = True
             else:
                 self._enqueue(stream)
-        elif stream.soft and not soft:
-            stream.soft = False
+        elif (stream.soft and not soft) or (stream.asked is not None and stream.asked.last < stream.next):
+            self._enqueue(stream)
+
+    def _attend(self, stream: Stream) -> None:
+        """After a repair: is there anything left to ask for?"""
+        if stream.next >= stream.target:
+            self._settle(stream)
+        else:
             self._enqueue(stream)
 
     def _settle(self, stream: Stream) -> None:
         if stream.place != SETTLED:
-            if stream.asked is not None:
-                self._landed(stream)
-            stream.place = SETTLED
-            stream.soft = False
-            stream.tried = []
+            self._move(stream, SETTLED)
+            stream.held = _NOTHING_HELD
+            stream.lacks = _NOBODY_LACKS
             del self._unsettled[stream.key]
 
     def _enqueue(self, stream: Stream) -> None:
         if stream.place != QUEUED:
-            stream.place = QUEUED
-            self._queue.append(stream)
+            self._move(stream, QUEUED)
+            self._queue[stream] = None
 
     def _park(self, stream: Stream, due: float) -> None:
-        stream.place = PARKED
+        if stream.place != PARKED:
+            self._move(stream, PARKED)
         stream.due = due
+        if len(self._parked) > 100 + 2 * len(self._unsettled):  # mostly void
+            self._parked = [entry for entry in self._parked if entry[2].place == PARKED and entry[2].due == entry[0]]
+            heapify(self._parked)
         self._parkings += 1
         heappush(self._parked, (due, self._parkings, stream))
 
-    def _ask(self, stream: Stream, now: float) -> Fetch | None:
-        candidates = self._sources(stream.topic, stream.key[1])
-        source = next((s for s in candidates if s not in stream.tried), None)
-        if source is not None:
-            stream.asked = Fetch(source, stream.key[0], stream.key[1], stream.next, self._hole(stream))
-            stream.place = ASKED
-            stream.due = now + FETCH_TIMEOUT * 2**stream.tries
-            stream.tries += 1
-            stream.soft = False
-            self._asked.append(stream)
-        elif stream.tried or now - stream.since >= ORPHAN_PATIENCE:
-            stream.place = PARKED
-            self._lose(stream, self._hole(stream))
-            if stream.next >= stream.target:
-                self._settle(stream)
-            else:
-                self._enqueue(stream)
-        else:
-            self._park(stream, stream.since + ORPHAN_PATIENCE)
-        return stream.asked
+    def _move(self, stream: Stream, place: int) -> None:
+        if stream.place == ASKED:
+            self._asked.remove(stream)
+            stream.asked = None
+        elif stream.place == QUEUED:
+            del self._queue[stream]
+        stream.place = place
+        stream.soft = False
 
-    def _landed(self, stream: Stream) -> None:
-        """The Fetch is over; whoever calls this decides what is next, by default to ask for the rest."""
-        stream.asked = None
-        self._asked.remove(stream)
-        self._enqueue(stream)
+    def _ask(self, stream: Stream, now: float) -> Fetch | None:
+        """Take a stream from the queue: ask somebody for its first hole, wait for somebody, or give up."""
+        sources = self._sources(stream.topic, stream.key[1])
+        source = next((s for s in sources if stream.lacks.get(s, 0) <= stream.next), None)
+        if source is not None:
+            self._move(stream, ASKED)
+            stream.asked = Fetch(source, stream.key[0], stream.key[1], stream.next, self._hole(stream))
+            stream.due = now + FETCH_TIMEOUT * 2 ** min(stream.tries, FETCH_TRIES - 1)
+            self._asked.append(stream)
+            return stream.asked
+        end = stream.target if now >= stream.since + PATIENCE else self._lacking(stream)
+        if end <= stream.next:
+            self._park(stream, stream.since + PATIENCE)
+        else:
+            self._give_up(stream, end)
+            self._attend(stream)
+        return None
+
+    def _lacking(self, stream: Stream) -> int:
+        """Nobody who can be reached, nor the publisher, who may come back, has anything before this."""
+        origin = stream.key[1]
+        return min(stream.lacks.get(source, 0) for source in (origin, *self._sources(stream.topic, origin)))
+
+    def _absent(self, stream: Stream, source: int, end: int, now: float) -> None:
+        """`source` has nothing from `next` to before `end`. Another may; with none left it is lost."""
+        if end > stream.next:
+            stream.lacks = {**stream.lacks, source: end}
+            stream.since = now
+            stream.tries = 0
+            self._give_up(stream, self._lacking(stream))
 
     def _failed(self, stream: Stream, now: float) -> None:
-        """No answer, or a refusal. A source that is there and keeps failing has had its chance."""
+        """No answer, or none of use. A source that is there and keeps failing has had its chance."""
         assert stream.asked is not None
-        source, pause = stream.asked.source, stream.due <= now
-        self._landed(stream)
-        if stream.tries >= FETCH_TRIES:
-            stream.tries = 0
-            if source in self._sources(stream.topic, stream.key[1]):
-                stream.tried = [*stream.tried, source]
-        elif not pause:  # refused at once: do not insist at once
+        source, late = stream.asked.source, stream.due <= now
+        stream.tries += 1
+        if stream.tries >= FETCH_TRIES and now >= stream.since + PATIENCE:
+            self._absent(stream, source, stream.target, now)
+            self._attend(stream)
+        elif late:
+            self._enqueue(stream)
+        else:  # refused at once: do not insist at once
             self._park(stream, now + FETCH_TIMEOUT)
+
+
+def _cost(batch: Batch) -> int:
+    """Bytes of memory."""
+    return batch.size + BATCH_BYTES
+
+
+def _first(batch: Batch) -> int:
+    return batch.first

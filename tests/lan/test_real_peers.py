@@ -1,0 +1,117 @@
+"""zmqbus as others see it: Debian's avahi lists a node, and a process that only listens sees live messages."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.lan.agents import Agents, account, wait_until
+from tests.netns import Host, Lan
+
+pytestmark = pytest.mark.netns
+
+NEEDED = ("avahi-daemon", "avahi-browse", "dbus-daemon")
+DBUS = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>system</type>
+  <listen>unix:path={socket}</listen>
+  <auth>EXTERNAL</auth>
+  <policy context="default">
+    <allow send_destination="*"/>
+    <allow receive_sender="*"/>
+    <allow own="*"/>
+  </policy>
+</busconfig>
+"""
+AVAHI = """
+[server]
+use-ipv4=yes
+use-ipv6=no
+allow-interfaces=eth0
+enable-dbus=yes
+[publish]
+disable-publishing=no
+"""
+# Its runtime directory is fixed; `ip netns exec` gives every program mounts of its own, so this one is seen by it alone.
+START_AVAHI = "mkdir -p /run/avahi-daemon && mount -t tmpfs none /run/avahi-daemon && exec avahi-daemon --no-drop-root --no-chroot --no-rlimits -f {config}"
+
+
+class Avahi:
+    """An avahi-daemon, with a D-Bus of its own, on one host."""
+
+    def __init__(self, host: Host, directory: Path) -> None:
+        self._host = host
+        bus = directory / "dbus"
+        (directory / "dbus.conf").write_text(DBUS.format(socket=bus))
+        (directory / "avahi.conf").write_text(AVAHI)
+        self._environment = {"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={bus}", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        host.popen(["dbus-daemon", "--nofork", f"--config-file={directory / 'dbus.conf'}"])
+        wait_until(bus.exists)
+        host.popen(["sh", "-c", START_AVAHI.format(config=directory / "avahi.conf")], env=self._environment)
+        wait_until(lambda: self._browse("-a").returncode == 0)
+
+    def _browse(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        argv = ["ip", "netns", "exec", self._host.namespace, "avahi-browse", "--terminate", "--parsable", *arguments]
+        return subprocess.run(argv, env=self._environment, capture_output=True, text=True, timeout=20)
+
+    def services(self, kind: str) -> list[list[str]]:
+        """The resolved services of a type, as avahi-browse's fields."""
+        lines = self._browse("--resolve", kind).stdout.splitlines()
+        return [line.split(";", 9) for line in lines if line.startswith("=")]
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, NEEDED)), reason=f"needs {', '.join(NEEDED)}: apt-get install avahi-daemon avahi-utils dbus"
+)
+def test_avahi_lists_a_node_of_another_host_and_of_its_own(bus: str, key: str, tmp_path: Path) -> None:
+    with Lan(hosts=2) as lan, Agents() as agents:
+        avahi = Avahi(lan.hosts[0], tmp_path)
+        nodes = {}
+        for host, name in zip(lan.hosts, "ab", strict=True):
+            agent = agents.start(host)
+            nodes[host.address] = agent, name, agent.open(name, bus=bus, key=key)
+        listed = wait_until(lambda: (found := avahi.services("_zmqbus._tcp")) and len(found) == 2 and found)
+        for _, interface, protocol, _, kind, domain, host_name, address, port, txt in listed:
+            _, _, opened = nodes.pop(address)
+            assert (interface, protocol, kind, domain) == ("eth0", "IPv4", "_zmqbus._tcp", "local")
+            assert host_name.endswith(".local")
+            assert opened["endpoints"]["inbox"] == f"tcp://{address}:{port}"
+            fields = dict(pair.split("=", 1) for pair in txt.strip().strip('"').split('" "'))
+            assert fields.pop("epoch").isdigit()
+            assert fields == {
+                "txtvers": "1",
+                "id": f"{opened['origin']:016x}",
+                "pub": opened["endpoints"]["pub"].rsplit(":", 1)[1],
+                "pv": "1",
+                "bus": bus,
+            }
+        assert nodes == {}
+
+
+def test_a_process_that_only_listens_sees_live_messages(bus: str, key: str) -> None:
+    """What `zmqbus tap '>'` does, from a host of its own, without having been there from the start."""
+    with Lan(hosts=3) as lan, Agents() as agents:
+        a, b, tap = agents.start_all(lan.hosts)
+        for agent, name in ((a, "a"), (b, "b")):
+            agent.open(name, bus=bus, key=key)
+            agent.ask("flow", node=name, topic=f"from.{name}", rate=200)
+        for agent, name in ((a, "a"), (b, "b")):
+            wait_until(lambda agent=agent, name=name: agent.ask("flowed", topic=f"from.{name}") > 100)
+        tap.open("tap", bus=bus, key=key)
+        tap.ask("wait_for_peers", node="tap", n=2, timeout=20)
+        tap.ask("subscribe", node="tap", ear="ear", patterns=[">"])
+        for agent, name in ((a, "a"), (b, "b")):
+            joined_at = agent.ask("flowed", topic=f"from.{name}")
+            wait_until(
+                lambda agent=agent, name=name, at=joined_at: [
+                    last for _, last in account(tap.report(), f"from.{name}") if last > at + 200
+                ]
+            )
+            (pieces,) = [account(tap.report(), f"from.{name}")]
+            assert len(pieces) == 1
+            assert 1 < pieces[0][0] <= joined_at + 1, "it sees what is live, and no less"
+        assert tap.report()["lost"] == 0

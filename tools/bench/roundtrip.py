@@ -1,0 +1,231 @@
+"""Latency: a message there and, published anew, back. One at a time, with a pause between, so that nothing batches.
+
+Two processes: "ping" publishes on one topic and waits on the other, "pong" sends back what it gets. Pong runs until
+it is killed with its crew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterable
+from time import perf_counter, sleep
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from bench.child import Parent
+from bench.crew import Crew
+from bench.results import Budget, Line, Table, percentile
+
+ROUNDS = 2000
+ROUNDS_QUICK = 200
+WARM_UP = 100  # rounds before those that count
+PAUSE_S = 0.0005
+SIZE = 100
+BUDGET = 1.3
+ANSWER_S = 20.0
+PROBE_MS = 50
+
+Progress = Callable[[str], None]
+FACES = {"sync": ("raw", "node", "pyzmq PUB/SUB"), "async": ("raw_async", "async_node", "zmq.asyncio PUB/SUB")}
+
+
+def measure(faces: Iterable[str], runs: int, quick: bool, progress: Progress) -> list[Table]:
+    """One table, two lines for each of `faces` ("sync", "async")."""
+    table = Table("round trip: publish, receive, publish back, receive", [f"{SIZE} B, {PAUSE_S * 1e6:.0f} µs pause"])
+    rounds = ROUNDS_QUICK if quick else ROUNDS
+    for face in faces:
+        raw_face, node_face, raw_name = FACES[face]
+        raw, ours = [], []
+        for number in range(runs):
+            progress(f"round trip, {face}: run {number + 1}/{runs}")
+            raw.append(_run_raw(raw_face, rounds))
+            ours.append(_run_node(node_face, rounds))
+        for percent in (50, 99):
+            table.lines.append(
+                Line(
+                    label=f"{'Node' if face == 'sync' else 'AsyncNode'}, p{percent}",
+                    unit="µs",
+                    ours=[percentile(times, percent) for times in ours],
+                    raw=[percentile(times, percent) for times in raw],
+                    raw_name=raw_name,
+                    budget=Budget("ratio", at_most=BUDGET) if face == "sync" and percent == 50 else None,
+                )
+            )
+    return [table]
+
+
+def _run_raw(face: str, rounds: int) -> list[float]:
+    with Crew() as crew:
+        pong = crew.start(f"bench.roundtrip:{face}_pong")
+        ping = crew.start(f"bench.roundtrip:{face}_ping", endpoint=pong.hear()["endpoint"], rounds=rounds)
+        pong.tell(endpoint=ping.hear()["endpoint"])
+        times: list[float] = ping.hear()["times"]
+        return times
+
+
+def _run_node(face: str, rounds: int) -> list[float]:
+    bus = f"bench-{secrets.token_hex(4)}"
+    with Crew() as crew:
+        pong = crew.start(f"bench.roundtrip:{face}_pong", bus=bus)
+        endpoint = pong.hear()["endpoint"]
+        ping = crew.start(f"bench.roundtrip:{face}_ping", bus=bus, endpoint=endpoint, rounds=rounds)
+        times: list[float] = ping.hear()["times"]
+        return times
+
+
+# --- tasks: raw pyzmq ----------------------------------------------------------------------------
+
+
+def _sockets(context: Any) -> tuple[Any, Any, str]:
+    pub, sub = context.socket(zmq.PUB), context.socket(zmq.SUB)
+    pub.linger = sub.linger = 0
+    sub.subscribe(b"")
+    return pub, sub, f"tcp://127.0.0.1:{pub.bind_to_random_port('tcp://127.0.0.1')}"
+
+
+def raw_pong(parent: Parent) -> None:
+    """Blocking sockets."""
+    pub, sub, endpoint = _sockets(zmq.Context())
+    parent.tell(endpoint=endpoint)
+    order = parent.hear()
+    assert order is not None
+    sub.connect(order["endpoint"])
+    while True:
+        pub.send(sub.recv())
+
+
+def raw_ping(parent: Parent, endpoint: str, rounds: int) -> None:
+    """Blocking sockets."""
+    pub, sub, own = _sockets(zmq.Context())
+    sub.connect(endpoint)
+    parent.tell(endpoint=own)
+    value = bytes(SIZE)
+    while not sub.poll(PROBE_MS):
+        pub.send(value)
+    while sub.poll(PROBE_MS):  # all answers to what was sent to find out whether it is connected
+        sub.recv()
+    times = []
+    for _ in range(WARM_UP + rounds):
+        sleep(PAUSE_S)
+        start = perf_counter()
+        pub.send(value)
+        sub.recv()
+        times.append((perf_counter() - start) * 1e6)
+    parent.tell(times=times[WARM_UP:])
+
+
+def raw_async_pong(parent: Parent) -> None:
+    """zmq.asyncio."""
+
+    async def run() -> None:
+        pub, sub, endpoint = _sockets(zmq.asyncio.Context())
+        parent.tell(endpoint=endpoint)
+        order = parent.hear()
+        assert order is not None
+        sub.connect(order["endpoint"])
+        while True:
+            await pub.send(await sub.recv())
+
+    asyncio.run(run())
+
+
+def raw_async_ping(parent: Parent, endpoint: str, rounds: int) -> None:
+    """zmq.asyncio."""
+
+    async def run() -> None:
+        pub, sub, own = _sockets(zmq.asyncio.Context())
+        sub.connect(endpoint)
+        parent.tell(endpoint=own)
+        value = bytes(SIZE)
+        while not await sub.poll(PROBE_MS):
+            await pub.send(value)
+        while await sub.poll(PROBE_MS):
+            await sub.recv()
+        times = []
+        for _ in range(WARM_UP + rounds):
+            await asyncio.sleep(PAUSE_S)
+            start = perf_counter()
+            await pub.send(value)
+            await sub.recv()
+            times.append((perf_counter() - start) * 1e6)
+        parent.tell(times=times[WARM_UP:])
+
+    asyncio.run(run())
+
+
+# --- tasks: zmqbus -------------------------------------------------------------------------------
+
+
+def node_pong(parent: Parent, bus: str) -> None:
+    """`for message in subscription: publish`."""
+    from zmqbus import Node
+
+    with Node("pong", bus=bus, interface="127.0.0.1", discovery="static") as node:
+        subscription = node.subscribe("ping")
+        parent.tell(endpoint=node.endpoints["inbox"])
+        for message in subscription:
+            node.publish("pong", message.value)
+
+
+def node_ping(parent: Parent, bus: str, endpoint: str, rounds: int) -> None:
+    """`publish`, then `get`."""
+    from zmqbus import Node
+
+    with Node("ping", bus=bus, interface="127.0.0.1", discovery="static", peers=[endpoint]) as node:
+        node.wait_for_peers(1, ANSWER_S)
+        subscription = node.subscribe("pong")
+        node.wait_for_subscribers("ping", 1, ANSWER_S)
+        value = bytes(SIZE)
+        times = []
+        for _ in range(WARM_UP + rounds):
+            sleep(PAUSE_S)
+            start = perf_counter()
+            node.publish("ping", value)
+            answer = subscription.get(ANSWER_S)
+            times.append((perf_counter() - start) * 1e6)
+            if answer is None:
+                raise TimeoutError("no answer from pong")
+        parent.tell(times=times[WARM_UP:])
+
+
+def async_node_pong(parent: Parent, bus: str) -> None:
+    """`async for message in subscription: await publish`."""
+    from zmqbus import AsyncNode
+
+    async def run() -> None:
+        async with (
+            AsyncNode("pong", bus=bus, interface="127.0.0.1", discovery="static") as node,
+            node.subscribe("ping") as subscription,
+        ):
+            parent.tell(endpoint=node.endpoints["inbox"])
+            async for message in subscription:
+                await node.publish("pong", message.value)
+
+    asyncio.run(run())
+
+
+def async_node_ping(parent: Parent, bus: str, endpoint: str, rounds: int) -> None:
+    """`await publish`, then `await get`."""
+    from zmqbus import AsyncNode
+
+    async def run() -> None:
+        async with AsyncNode("ping", bus=bus, interface="127.0.0.1", discovery="static", peers=[endpoint]) as node:
+            await node.wait_for_peers(1, ANSWER_S)
+            async with node.subscribe("pong") as subscription:
+                await node.wait_for_subscribers("ping", 1, ANSWER_S)
+                value = bytes(SIZE)
+                times = []
+                for _ in range(WARM_UP + rounds):
+                    await asyncio.sleep(PAUSE_S)
+                    start = perf_counter()
+                    await node.publish("ping", value)
+                    answer = await subscription.get(ANSWER_S)
+                    times.append((perf_counter() - start) * 1e6)
+                    if answer is None:
+                        raise TimeoutError("no answer from pong")
+                parent.tell(times=times[WARM_UP:])
+
+    asyncio.run(run())

@@ -1,0 +1,272 @@
+"""`zmqbus pub` and `zmqbus sub`: publish values or lines, and print what is published."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from zmqbus.cli import shell
+from zmqbus.cli.forms import Fields, parse_value, to_json
+from zmqbus.cli.shell import Bus, Duration, Watch, plural, remark
+from zmqbus.errors import MessageTooLarge, ParseError
+from zmqbus.net.clock import now, sleep
+from zmqbus.protocol.frames import MESSAGE_BYTES_MAX
+from zmqbus.protocol.topics import check_pattern, encode_topic
+
+if TYPE_CHECKING:
+    from zmqbus.node.node import Node
+
+WAIT = 2.0  # for the first subscriber, when nothing was said about waiting
+SETTLE = 0.15  # after the first one: others that are there already answer within this
+CONFIRM = 5.0  # how long subscribers have to confirm, before we leave and take the history with us
+PAUSE_MAX = 1.0  # behind its schedule by more than this, `--rate` starts a new one: there was no input
+SPIN = 0.001  # waits below this are left out, and made up for by the next one
+
+# --- pub ---------------------------------------------------------------------------------------
+
+
+class Pacer:
+    """When to send, for a rate per second: message i at start + i / rate, so that errors do not add up."""
+
+    def __init__(self, rate: float) -> None:
+        self._period = 1 / rate
+        self._due: float | None = None
+
+    def delay(self, now: float) -> float:
+        """Seconds to wait before sending the next message. Call it once for each."""
+        if self._due is None or now - self._due > PAUSE_MAX:
+            self._due = now
+        delay = max(0.0, self._due - now)
+        self._due += self._period
+        return delay
+
+
+def lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Lines without their ends, as they come. Raises MessageTooLarge for one that no message can carry."""
+    while line := stream.readline(MESSAGE_BYTES_MAX + 2):
+        if len(line) > MESSAGE_BYTES_MAX + 1:
+            raise MessageTooLarge(len(line), MESSAGE_BYTES_MAX)
+        yield line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def line_values(stream: BinaryIO, as_json: bool) -> Iterator[Any]:
+    """What to publish for each line: its text; its bytes, where it is not UTF-8; with `as_json` what it stands for."""
+    for number, line in enumerate(lines(stream), 1):
+        if not as_json:
+            try:
+                yield line.decode()
+            except UnicodeDecodeError:
+                yield line
+        elif line.strip():
+            try:
+                yield parse_value(line.decode("utf-8", "surrogateescape"), as_json=True)
+            except ParseError as error:
+                raise ParseError(error.what, error.text, f"{error.reason} (line {number} of standard input)") from None
+
+
+def parse_headers(pairs: Sequence[str]) -> dict[str, str] | None:
+    """Headers from `key=value` texts."""
+    headers = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise click.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--headers")
+        parse_value(pair, as_json=False)  # UTF-8?
+        headers[key] = value
+    return headers or None
+
+
+def _source(values: Sequence[str], as_json: bool, count: int | None) -> Iterator[Any]:
+    """What to publish, in order."""
+    if values and list(values) != ["-"]:
+        parsed = [parse_value(value, as_json) for value in values]
+        return (value for again in repeat(parsed, count or 1) for value in again)
+    if sys.stdin is None or (not values and sys.stdin.isatty()):
+        raise click.UsageError("give a VALUE, or - (or a pipe) to publish the lines of standard input")
+    if count is not None:
+        raise click.UsageError("--count repeats values given as arguments, not standard input")
+    return line_values(sys.stdin.buffer, as_json)
+
+
+def _await_subscribers(node: Node, topic: str, wanted: int | None, timeout: float | None) -> None:
+    from zmqbus.errors import WaitTimeout
+
+    if wanted is not None:
+        node.wait_for_subscribers(topic, wanted, timeout)
+        return
+    try:
+        seen = node.wait_for_subscribers(topic, 1, WAIT if timeout is None else timeout)
+        while True:
+            seen = node.wait_for_subscribers(topic, seen + 1, SETTLE)
+    except WaitTimeout:
+        pass  # nobody, or no more
+
+
+@click.command()
+@click.argument("topic")
+@click.argument("values", nargs=-1, metavar="[VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="Values and lines are JSON, not text.")
+@click.option("-H", "--headers", multiple=True, metavar="KEY=VALUE", help="A header for every message; may be repeated.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="Publish the values N times over.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="R",
+    help="Publish R messages per second, not as fast as they come.",
+)
+@click.option(
+    "--wait-subscribers",
+    "wanted",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Publish nothing before there are N subscribers; 0: at once. Default: wait up to 2 s for one, then go ahead.",
+)
+@click.option("--timeout", type=Duration(), help="Wait no longer than this for subscribers.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not say what was published; only what went wrong.")
+@click.pass_obj
+def pub(
+    bus: Bus,
+    topic: str,
+    values: tuple[str, ...],
+    as_json: bool,
+    headers: tuple[str, ...],
+    count: int | None,
+    rate: float | None,
+    wanted: int | None,
+    timeout: float | None,
+    quiet: bool,
+) -> int:
+    """Publish values on a topic, each as a message of its own.
+
+    With - for a value, or none and a pipe, each line of standard input is published: as text, or as bytes where it is
+    not UTF-8.
+
+    \b
+    Examples:
+      zmqbus pub greetings.world hello
+      zmqbus pub --json sensors.7 '{"celsius": 21.5}' --count 100 --rate 10
+      tail -f /var/log/syslog | zmqbus pub logs.web1.syslog
+    """
+    encode_topic(topic)
+    marks = parse_headers(headers)
+    source = _source(values, as_json, count)
+    pacer = Pacer(rate) if rate is not None else None
+    published = 0
+    with bus.join("pub") as node:
+        watch = Watch(node)
+        _await_subscribers(node, topic, wanted, timeout)
+        publisher = node.publisher(topic)
+        try:
+            for value in source:
+                if pacer is not None and (delay := pacer.delay(now())) > SPIN:
+                    sleep(delay)
+                publisher.send(value, marks)
+                published += 1
+        finally:
+            subscribers = node.wait_for_subscribers(topic, 0)
+            late = node.close(CONFIRM)
+            watch.poll()
+            text = f"published {plural(published, 'message')} on {topic}"
+            if late:
+                names = ", ".join(sorted(one.peer for one in late))
+                remark(f"{text}; not confirmed within {CONFIRM:g} s by {names}: some may be missing there")
+            elif not subscribers and published and wanted != 0:
+                remark(f"{text}; nobody was subscribed to it")
+            elif not quiet:
+                remark(f"{text} to {plural(subscribers, 'subscriber')}{', all confirmed' * bool(subscribers)}")
+    return shell.TIMED_OUT if late else shell.OK
+
+
+# --- sub ---------------------------------------------------------------------------------------
+
+
+def renderer(template: str | None, as_json: bool) -> Callable[[Fields], str]:
+    """How `sub` prints a message: as a line of JSON, by a template, or just topic and value."""
+    from zmqbus.cli.render import FormatString, compact, escape
+
+    if template is not None and as_json:
+        raise click.UsageError("--json and --format are two forms: choose one")
+    if as_json:
+        return to_json
+    if template is not None:
+        return FormatString(template).render
+    colored = shell.on_terminal()
+
+    def line(fields: Fields) -> str:
+        topic = escape(fields["topic"])
+        return f"{click.style(topic, fg='cyan') if colored else topic}  {compact(fields['value'])}"
+
+    return line
+
+
+@click.command()
+@click.argument("patterns", nargs=-1, required=True, metavar="PATTERN...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option("-F", "--format", "template", metavar="TEMPLATE", help="Such as '{topic} {value.status} {age:.3f}'.")
+@click.option("-n", "--count", type=click.IntRange(min=1), metavar="N", help="End after N messages.")
+@click.option("--for", "seconds", type=Duration(), help="End after this time, such as 10s or 1h30m.")
+@click.option(
+    "--history",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Begin with the last N messages of each stream, as far as their publishers still hold them.",
+)
+@click.option("--fail-on-loss", is_flag=True, help="Exit with 4 if messages were lost.")
+@click.option("-q", "--quiet", is_flag=True, help="No report at the end, unless messages were lost.")
+@click.pass_obj
+def sub(
+    bus: Bus,
+    patterns: tuple[str, ...],
+    as_json: bool,
+    template: str | None,
+    count: int | None,
+    seconds: float | None,
+    history: int,
+    fail_on_loss: bool,
+    quiet: bool,
+) -> int:
+    """Print every message on the topics that fit: * is one token, > at the end one or more.
+
+    Quote the patterns: both mean something to the shell. Missed messages are repaired; a reader that is slow makes
+    publishers wait a little, so to look on without being noticed use tap.
+
+    \b
+    Examples:
+      zmqbus sub 'logs.>'
+      zmqbus sub 'sensors.*' -F '{topic} {value.celsius:.1f}' -n 10
+      zmqbus sub 'logs.*.nginx' --json | jq .value
+    """
+    for pattern in patterns:
+        check_pattern(pattern)
+    render = renderer(template, as_json)
+    write, flush = sys.stdout.write, sys.stdout.flush
+    shown = 0
+    with bus.join("sub") as node, node.subscribe(*patterns, history=history) as subscription:
+        watch = Watch(node)
+
+        def pause() -> None:
+            flush()
+            watch.poll()
+
+        try:
+            for message, at in shell.messages(subscription, seconds, pause):
+                write(render(Fields(message, now=at, node=watch.name(message.origin))) + "\n")
+                shown += 1
+                if shown == count:
+                    break
+            flush()
+        except BrokenPipeError:
+            quiet = not subscription.lost
+            raise
+        finally:
+            if not quiet or subscription.lost:
+                received = f"{plural(shown, 'message')} received, {subscription.repaired:,} of them repaired"
+                remark(f"{received}; {shell.loss_report(subscription, watch.name)}")
+    if fail_on_loss and subscription.lost:
+        return shell.LOST
+    return shell.TIMED_OUT if count is not None and shown < count else shell.OK
