@@ -17,7 +17,7 @@ from zmqbus.net import clock, mdns
 from zmqbus.net.discovery import Discovery, Found
 from zmqbus.net.mdns import SERVICE_TYPE, Session
 
-PATIENCE_S = 20.0  # a bound on waiting; everything here takes milliseconds, or at most two seconds
+PATIENCE_S = 60.0  # a bound on waiting; what is waited for takes milliseconds, or at most two seconds
 LOOPBACK = ("127.0.0.1",)
 
 

@@ -63,7 +63,9 @@ class Link:
     @property
     def is_connected(self) -> bool:
         """Whether something could be sent to the peer now."""
-        return bool(self._socket.get(EVENTS) & POLLOUT)
+        writable = bool(self._socket.get(EVENTS) & POLLOUT)
+        self._watch.check()  # looking at EVENTS takes the signal of what has arrived
+        return writable
 
     def send(self, body: Body) -> bool:
         """Say something that needs no answer. False: the peer cannot be reached now."""
