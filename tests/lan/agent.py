@@ -158,6 +158,20 @@ class Agent:
             publisher.send(publisher.seq + 1)
         return publisher.seq
 
+    def greet(self, node: str, topic: str, count: int) -> None:
+        """Publish the seqs 1 to `count` the moment that the first peer joins."""
+        opened = self._nodes[node]
+        stream = opened.events()
+
+        def wait() -> None:
+            for event in stream:
+                if isinstance(event, zmqbus.PeerJoined):
+                    for number in range(1, count + 1):
+                        opened.publish(topic, number)
+                    return
+
+        threading.Thread(target=wait, daemon=True).start()
+
     def flow(self, node: str, topic: str, rate: float, count: int | None = None, size: int = 0) -> None:
         """Publish at a pace, in the background."""
         self._springs[topic] = Spring(self._nodes[node], topic, rate, count, size)

@@ -95,7 +95,14 @@ def writable(socket, step=lambda: None):
 # --- who may go where --------------------------------------------------------------------------
 
 
-NOT_SOCKETS = {"factory", "intake", "peering"}  # whose `bind` or `connect` is our own, and ends in the factory's
+NOT_SOCKETS = {
+    "factory",
+    "feed",
+    "heartbeats",
+    "intake",
+    "peering",
+    "self",
+}  # whose `bind` or `connect` is our own, and ends in the factory's
 
 
 def test_nothing_else_binds_or_connects():

@@ -220,7 +220,7 @@ SCALARS = (
     | st.binary(max_size=40)
 )
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5), max_leaves=20
+    SCALARS, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5), max_leaves=10
 )
 
 
@@ -515,25 +515,39 @@ def test_random_payloads(payload: bytes, flags: int, count: int) -> None:
         digest([data(payload, flags=flags, count=count)])
 
 
+CANNED = [
+    1,
+    -(2**63),
+    1.5,
+    None,
+    True,
+    "text",
+    b"bytes",
+    "ä€😀" * 9,
+    [1, [2, "x"]],
+    {"k": {"k": [b"", ""]}},
+    {"sensor": 0},
+]
+
+
+def frames_of(values: list[Any], flags: int) -> list[bytes]:
+    payload = encode_values([values, [{"k": "v"}] * len(values)] if flags & HEADERS else values)
+    if flags & EXTERNAL:
+        return [data(b"", flags=flags), payload]
+    return [data(payload, flags=flags, count=len(values))]
+
+
 GOOD = st.builds(
-    lambda values, flags: (
-        [
-            data(
-                b"\x92" + encode_values(values) + encode_values([{"k": "v"}] * len(values))
-                if flags
-                else encode_values(values),
-                flags=flags,
-                count=len(values),
-            )
-        ]
-    ),
-    st.lists(VALUES, min_size=1, max_size=5),
-    st.sampled_from([0, HEADERS]),
-) | st.builds(lambda value: [data(b"", flags=EXTERNAL), encode_values([value])], VALUES)
+    frames_of, st.lists(st.sampled_from(CANNED), min_size=1, max_size=5), st.sampled_from([0, HEADERS])
+) | st.builds(
+    lambda value, flags: frames_of([value], flags),
+    st.sampled_from(CANNED),
+    st.sampled_from([EXTERNAL, EXTERNAL | HEADERS]),
+)
 
 
 @given(GOOD, st.data())
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_frames_mutated_cut_and_extended(parts: list[bytes], choose: st.DataObject) -> None:
     digest(parts)
     which = choose.draw(st.integers(0, len(parts) - 1))

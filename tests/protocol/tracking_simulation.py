@@ -329,10 +329,9 @@ class World:
         batches, last = source.answer(asked, self.answer_bytes)
         for batch in batches:
             batch.time_ns = FETCHED
-        if not self.honest:
-            self.random.shuffle(batches)
-            if self.random.random() < 0.2:
-                self.late.append((asked, last, batches))
+        self.random.shuffle(batches)
+        if self.random.random() < 0.2:
+            self.late.append((asked, last, batches))
         self.tracker.fetched(asked, last, batches, self.now)
         self.consume()
 

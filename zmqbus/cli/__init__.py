@@ -42,17 +42,43 @@ class _Group(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=_Group, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--bus", default="default", show_default=True, metavar="NAME", envvar="ZMQBUS_BUS", show_envvar=True,
-              help="Which bus: nodes see only nodes of the same bus.")
-@click.option("--key-file", metavar="FILE", envvar="ZMQBUS_KEY_FILE", show_envvar=True,
-              help="The bus key (see keygen). Without one everything stays on this machine.")
-@click.option("--interface", metavar="ADDR", envvar="ZMQBUS_INTERFACE", show_envvar=True,
-              help="With a key: the network interface to use, by name or address. Default: all.")
-@click.option("--peer", "peers", multiple=True, metavar="ENDPOINT", envvar="ZMQBUS_PEER", show_envvar=True,
-              help="A node to join, tcp://HOST:PORT, where mDNS does not reach; may be repeated (in the environment: "
-                   "separated by spaces). One that can be reached is enough to find the rest.")
-@click.version_option(RELEASE, prog_name="zmqbus")
+@click.group(
+    cls=_Group, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.option(
+    "--bus",
+    default="default",
+    show_default=True,
+    metavar="NAME",
+    envvar="ZMQBUS_BUS",
+    show_envvar=True,
+    help="Which bus: nodes see only nodes of the same bus.",
+)
+@click.option(
+    "--key-file",
+    metavar="FILE",
+    envvar="ZMQBUS_KEY_FILE",
+    show_envvar=True,
+    help="The bus key (see keygen). Without one everything stays on this machine.",
+)
+@click.option(
+    "--interface",
+    metavar="ADDR",
+    envvar="ZMQBUS_INTERFACE",
+    show_envvar=True,
+    help="With a key: the network interface to use, by name or address. Default: all.",
+)
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    metavar="ENDPOINT",
+    envvar="ZMQBUS_PEER",
+    show_envvar=True,
+    help="A node to join, tcp://HOST:PORT, where mDNS does not reach; may be repeated (in the environment: "
+    "separated by spaces). One that can be reached is enough to find the rest.",
+)
+@click.version_option(RELEASE, prog_name="zmqbus", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context, bus: str, key_file: str | None, interface: str | None, peers: tuple[str, ...]) -> None:
     """Messaging without a broker: nodes find each other, publish and subscribe, and repair what was missed.

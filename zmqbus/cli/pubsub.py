@@ -110,7 +110,9 @@ def _await_subscribers(node: Node, topic: str, wanted: int | None, timeout: floa
 @click.argument("topic")
 @click.argument("values", nargs=-1, metavar="[VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="Values and lines are JSON, not text.")
-@click.option("-H", "--headers", multiple=True, metavar="KEY=VALUE", help="A header for every message; may be repeated.")
+@click.option(
+    "-H", "--headers", multiple=True, metavar="KEY=VALUE", help="A header for every message; may be repeated."
+)
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="Publish the values N times over.")
 @click.option(
     "--rate",
@@ -230,10 +232,10 @@ def sub(
     fail_on_loss: bool,
     quiet: bool,
 ) -> int:
-    """Print every message on the topics that fit: * is one token, > at the end one or more.
+    """Print every message on the topics that fit.
 
-    Quote the patterns: both mean something to the shell. Missed messages are repaired; a reader that is slow makes
-    publishers wait a little, so to look on without being noticed use tap.
+    In a pattern * is one token, and > at the end one or more. Quote them: both mean something to the shell. Missed
+    messages are repaired; a slow reader makes publishers wait a little, so to look on unnoticed use tap.
 
     \b
     Examples:
@@ -265,7 +267,9 @@ def sub(
             raise
         finally:
             if not quiet or subscription.lost:
-                received = f"{plural(shown, 'message')} received, {subscription.repaired:,} of them repaired"
+                received = (
+                    f"{plural(shown, 'message')} received, {subscription.repaired:,} of them fetched from history"
+                )
                 remark(f"{received}; {shell.loss_report(subscription, watch.name)}")
     if fail_on_loss and subscription.lost:
         return shell.LOST

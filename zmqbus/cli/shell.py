@@ -175,7 +175,7 @@ def _deadline(seconds: float) -> Iterator[None]:
 def prepare() -> None:
     """For this process: output that takes any text, and signals that stop commands in an orderly way."""
     if sys.stdout is None:  # closed, as by >&-
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the locale may be ASCII; topics need not
 
@@ -202,7 +202,7 @@ def conclude() -> None:
 # --- options -----------------------------------------------------------------------------------
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]
     """`500ms`, `10s`, `1h30m`: seconds."""
 
     name = "duration"

@@ -25,12 +25,15 @@ import unicodedata
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from zmqbus.errors import SetupError
 from zmqbus.net import clock
 from zmqbus.net.interfaces import is_loopback
-from zmqbus.net.mdns import Announcement, LogFunnel, Service, Session
+
+if TYPE_CHECKING:
+    # At run time only where a node does use mDNS: zeroconf takes longer to import than all the rest.
+    from zmqbus.net.mdns import Announcement, LogFunnel, Session
 
 TXT_VERSION = 1
 PROTOCOL_VERSION = 1
@@ -104,7 +107,8 @@ class Discovery:
         self._on_found = on_found
         self._on_gone = on_gone
         self._warnings = _Warnings(on_warning)
-        txt = {
+        self._inbox_port = inbox_port
+        self._txt = {
             b"txtvers": b"%d" % TXT_VERSION,
             b"id": b"%016x" % origin,
             b"pub": b"%d" % pub_port,
@@ -113,7 +117,8 @@ class Discovery:
             b"epoch": b"%d" % epoch,
         }
         # Names last as long as this object, so that after a change of address peers see the same node moved.
-        self._service = Service(uuid.uuid4().hex, uuid.uuid4().hex, inbox_port, txt)
+        self._instance = uuid.uuid4().hex
+        self._host = uuid.uuid4().hex
         self._known: dict[str, int] = {}  # instance, lower case -> origin; oldest first
         self._session: Session | None = None
         self._log: LogFunnel | None = None
@@ -126,6 +131,8 @@ class Discovery:
         async with self._lock:
             if self._started or self._closed:
                 return
+            from zmqbus.net.mdns import LogFunnel
+
             self._started = True
             self._log = LogFunnel(self._warnings.say)
             await self._open()
@@ -171,8 +178,10 @@ class Discovery:
         """Open a session on the present addresses, if there are any and the network allows it."""
         if not self._addresses:
             return
+        from zmqbus.net.mdns import Service, Session
+
         session = Session(
-            self._service,
+            Service(self._instance, self._host, self._inbox_port, self._txt),
             self._addresses,
             on_announced=self._examine,
             on_goodbye=self._forget,

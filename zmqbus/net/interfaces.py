@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ def local_addresses() -> list[Address]:
     ]
 
 
+@lru_cache(maxsize=8192)  # asked of the same few addresses again and again, n³ times when n nodes boot together
 def is_loopback(ip: str) -> bool:
     """Whether `ip` is in 127.0.0.0/8. False for anything that is no IPv4 address, such as a host name."""
     try:

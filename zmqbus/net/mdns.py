@@ -222,7 +222,7 @@ class Session:
                     sending.append(address)
 
     def _ask_who(self, zeroconf: Zeroconf, *, unicast: bool) -> None:
-        """Ask who is there, naming those we know, so that only the others answer.
+        """Ask who is there, naming ourselves and those we know, so that only the others answer.
 
         A ServiceBrowser would ask four times within 14 s. Among 200 nodes that name each other that was most of the
         traffic, and it is not needed where everyone announces anew every minute.
@@ -232,8 +232,9 @@ class Session:
         question.unicast = unicast
         out.add_question(question)
         now = current_time_millis()
+        out.add_answer_at_time(self._info.dns_pointer(), 0)  # 0: for all of its TTL
         for pointer in zeroconf.cache.async_all_by_details(SERVICE_TYPE, _TYPE_PTR, _CLASS_IN):
-            if not pointer.is_stale(now):
+            if pointer != self._info.dns_pointer() and not pointer.is_stale(now):
                 out.add_answer_at_time(pointer, now)
         zeroconf.async_send(out)
 

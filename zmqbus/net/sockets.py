@@ -26,6 +26,7 @@ import secrets
 import struct
 import weakref
 from collections.abc import Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address
 from typing import Literal, TypeAlias
 
@@ -296,7 +297,8 @@ class SocketFactory:
 
         After HANDSHAKE_FAILED_AUTH or …_PROTOCOL libzmq never dials that endpoint again: `disconnect`, then
         `connect` after a pause. …_NO_DETAIL (the connection broke off, or nobody answered in time: a peer that is
-        closing, starting or stalled) is no verdict: libzmq dials anew by itself.
+        closing, starting or stalled) is no verdict: libzmq dials anew by itself. But a peer with *another bus key*
+        just hangs up, and so shows as …_NO_DETAIL at every attempt.
 
         Read it to the end whenever it stirs: one that is left unread for MONITOR_EVENTS_MAX events freezes the
         whole context. Close both with `close_monitored`; closing only the PAIR freezes the context as well.
@@ -304,10 +306,11 @@ class SocketFactory:
         both = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         return self._monitor(socket, _HANDSHAKE_FAILED | both if outcome else _HANDSHAKE_FAILED)
 
-    def close_monitored(self, socket: Socket, monitor: Socket, linger_ms: int = 0) -> None:
+    def close_monitored(self, socket: Socket, monitor: Socket, linger_ms: int | None = None) -> None:
         """Close a socket and its monitor, in the one order that cannot freeze the context.
 
-        What is unsent is tried for another `linger_ms`, in the background; `close` of the factory waits for that.
+        What is unsent is tried for another `linger_ms` (None: the socket's own LINGER, 0 unless changed), in the
+        background; `close` of the factory waits for that.
         """
         if not socket.closed:
             socket.disable_monitor()
@@ -360,6 +363,7 @@ class SocketFactory:
 # --- reading endpoints: they come from users and, by HELLO and mDNS, from peers ----------------
 
 
+@lru_cache(maxsize=8192)  # of the same peers again and again; an error is not remembered
 def parse_endpoint(endpoint: str) -> tuple[str, int]:
     """`tcp://host:port` as (host, port): an IPv4 literal ("localhost" is 127.0.0.1) or a host name, and 1..65535.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -267,7 +267,7 @@ class AsyncNode:
         self._config = Config.make(name, bus, key, interface, peers, discovery, history_bytes)
         self._since_turn = 0
         self._backlog: deque[tuple[bytes, ...]] = deque()
-        self._publishers: dict[str, Publisher] = {}
+        self._publisher: Callable[[str], Publisher | None] = lambda topic: None
         self._opened: Engine | None = None
 
     async def open(self) -> AsyncNode:
@@ -281,7 +281,7 @@ class AsyncNode:
         await engine.open()
         self._opened = engine
         self._backlog = engine.outlet.backlog
-        self._publishers = engine.outlet.publishers
+        self._publisher = engine.outlet.find
         return self
 
     @property
@@ -312,7 +312,9 @@ class AsyncNode:
 
     async def publish(self, topic: str, value: object, *, headers: dict[str, Any] | None = None) -> int:
         """See `Node.publish`. What one turn of the loop publishes is sent together, at its end."""
-        publisher = self._publishers.get(topic) or self._ready().outlet.publisher(topic)
+        publisher = self._publisher(topic)
+        if publisher is None:
+            publisher = self._ready().outlet.publisher(topic)
         seq = publisher.send(value, headers)
         self._since_turn += 1
         if self._since_turn >= YIELD_AFTER or self._backlog:

@@ -182,7 +182,7 @@ class Node:
             self._stop(0.0)
             raise
         self._closed = False
-        self._publishers = self._engine.outlet.publishers
+        self._publisher = self._engine.outlet.find
         _nodes.add(self)
 
     # --- publish ---------------------------------------------------------------------------------
@@ -199,7 +199,10 @@ class Node:
             TooManyStreams: this node publishes on 100,000 topics already.
             NodeClosed: the node has been closed.
         """
-        return (self._publishers.get(topic) or self._engine.outlet.publisher(topic)).send(value, headers)
+        publisher = self._publisher(topic)
+        if publisher is None:
+            publisher = self._engine.outlet.publisher(topic)
+        return publisher.send(value, headers)
 
     def publisher(self, topic: str) -> Publisher:
         """A topic made ready for hot loops: `send(value)` is `publish(topic, value)` without the look-up."""

@@ -1,6 +1,6 @@
 """The sending path: publish, batch, transmit, remember. Any thread may publish; one lock orders them all.
 
-A message's way out: `Publisher.send` appends it to its stream's batch; `flush` packs the batch into one frame, gives it
+A message's way out: `Publisher.send` adds it to its stream's batch; `flush` packs the batch into one frame, gives it
 to the PUB socket and to the history. When to flush is the question of pace:
 
 - `EAGER`: every message at once. So at low rates.
@@ -18,10 +18,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from itertools import islice
+from contextlib import suppress
+from itertools import count, islice
 from math import inf
 from threading import Lock
 from typing import Any
+
+from msgspec import Raw
 
 from zmqbus.errors import ForkedProcess, MessageTooLarge, TooManyStreams, UnsupportedValue
 from zmqbus.net.clock import now, sleep, time_ns
@@ -47,44 +50,52 @@ FRAMES_MIN, FRAMES_MAX = 8, 65_536  # bounds of the socket's own limit, which co
 
 HEADS_PER_HEARTBEAT = 64  # repeated each second, so that the loss of a HEAD is made good too
 
+NIL = b"\xc0"  # msgpack's
+
 EAGER, GATHER, TURN = range(3)
 
 
 class Publisher:
-    """One topic of one node, ready for hot loops: `node.publisher("logs.web1").send(value)`."""
+    """One topic of one node, ready for hot loops: `node.publisher("logs.web1").send(value)`.
+
+    Without a lock, in the ordinary case of a burst: a message draws its seq from a counter and is stored under it,
+    each in one indivisible step. `flush` takes what is stored up to the first seq that is drawn but not stored yet;
+    whoever stores that one sees to the rest.
+    """
 
     __slots__ = (
-        "_acquire",
-        "_base",
-        "_chunks",
-        "_count",
+        "_draw",
+        "_externals",
+        "_flushed",
+        "_full",
         "_head_at",
         "_headers",
         "_out",
-        "_prefix",
         "_quiet",
-        "_release",
         "_size",
         "_values",
+        "dirty",
         "entries",
+        "prefix",
         "sent_bytes",
         "topic",
     )
 
     def __init__(self, out: Outlet, topic: str, encoded: bytes) -> None:
         self.topic = topic
+        self.prefix = encoded + b"\0"
         self.entries: deque[Entry] = deque()  # this stream's part of the history
         self.sent_bytes = 0
-        self._prefix = encoded + b"\0"
+        self.dirty = False  # will be flushed by the next tick, or turn
         self._out = out
-        self._acquire, self._release = out.lock.acquire, out.lock.release
-        self._base = 0  # seq of the last flushed message
-        self._count = 0  # messages in the batch that is being gathered: chunks, then values
-        self._size = 0  # bytes of the large ones among them
-        self._values: list[bytes | str] = []  # packed all at once by one C call
-        self._chunks: list[bytes] = []  # already packed: what could have failed, or changed before the flush
-        self._headers: list[bytes] | None = None
-        self._quiet = True  # not waiting for a HEAD
+        self._draw = count(1).__next__
+        self._values: dict[int, bytes | str | Raw] = {}  # by seq: gathered, and packed by one C call
+        self._headers: dict[int, Raw] = {}
+        self._externals: dict[int, tuple[int, bytes]] = {}  # too large to be packed with others: flags, payload
+        self._flushed = 0  # seq of the last message sent
+        self._full = BATCH_MESSAGES_MAX  # the seq that fills a batch
+        self._size = 0  # bytes gathered, not counting the small ones
+        self._quiet = True  # no HEAD is to follow
         self._head_at = 0
 
     def send(self, value: object, headers: dict[str, Any] | None = None) -> int:
@@ -95,130 +106,133 @@ class Publisher:
             MessageTooLarge: it is larger than 64 MiB.
             NodeClosed: the node has been closed.
         """
-        out = self._out
         kind = value.__class__
-        if kind is bytes or (kind is str and value.isascii()):  # type: ignore[attr-defined]
-            packed = None
-            size = len(value)  # type: ignore[arg-type]
+        if headers is not None:
+            seq = self._store(value, None, headers)
+        elif (kind is bytes or (kind is str and value.isascii())) and len(value) <= SMALL:  # type: ignore
+            seq = self._draw()
+            self._values[seq] = value  # type: ignore[assignment]
+            if self.dirty and seq < self._full:
+                return seq
+        elif kind is bytes and len(value) >= EXTERNAL_BYTES_MIN:  # type: ignore[arg-type]
+            seq = self._store(value, value, None)  # type: ignore[arg-type]
         else:
             packed = encode_value(value)
-            size = len(packed)
-        self._acquire()
-        try:
-            if headers is not None or size >= EXTERNAL_BYTES_MIN:
-                seq = self._put_special(value, packed, size, headers)
+            if len(packed) <= SMALL:
+                seq = self._draw()
+                self._values[seq] = Raw(packed)
+                if self.dirty and seq < self._full:
+                    return seq
             else:
-                if packed is None:
-                    self._values.append(value)  # type: ignore[arg-type]
-                else:
-                    if self._values:
-                        self._fold()
-                    self._chunks.append(packed)
-                if self._headers is not None:
-                    self._headers.append(b"\xc0")
-                count = self._count = self._count + 1
-                seq = self._base + count
-                if size > SMALL:
-                    self._size += size
-                if count == 1:
-                    out.urge(self)
-                elif count >= BATCH_MESSAGES_MAX or self._size >= BATCH_BYTES_MAX:
-                    self.flush()
-        finally:
-            self._release()
-        if out.backlog:
-            out.make_room()
+                seq = self._store(value, packed, None)
+        self._stored(seq)
         return seq
 
     @property
     def seq(self) -> int:
         """Seq of the last message published."""
-        return self._base + self._count
+        return self._flushed + len(self._values)
 
-    def _put_special(self, value: Any, packed: bytes | None, size: int, headers: dict[str, Any] | None) -> int:
-        """A message with headers, or one so large that it travels alone and uncopied. Under the lock."""
-        if size > MESSAGE_BYTES_MAX:
-            raise MessageTooLarge(size, MESSAGE_BYTES_MAX)
-        packed_headers = None
+    @property
+    def following(self) -> int:
+        """The first seq that is not sent yet. Under the lock."""
+        return self._flushed + 1
+
+    def _store(self, value: object, packed: bytes | None, headers: dict[str, Any] | None) -> int:
+        """A message that is large, or has headers. `packed` is the value itself when that is to travel raw."""
+        packed_headers = b""
         if headers is not None:
             if not isinstance(headers, dict) or not all(isinstance(key, str) for key in headers):
                 raise UnsupportedValue(headers, "headers are a dict with str keys")
             packed_headers = encode_value(headers)
+        if packed is None:
+            packed = encode_value(value)
+        size = len(packed) + len(packed_headers)
+        if size > MESSAGE_BYTES_MAX:
+            raise MessageTooLarge(size, MESSAGE_BYTES_MAX)
+        external = None
         if size >= EXTERNAL_BYTES_MIN:
-            self.flush()
-            self._count = 1
-            if packed_headers is not None:
-                body = b"\x92\x91" + (packed or encode_value(value)) + b"\x91" + packed_headers
-                self._transmit(frames.EXTERNAL | frames.HEADERS, b"", body)
-            elif value.__class__ is bytes:
-                self._transmit(frames.EXTERNAL | frames.RAW, b"", value)
+            if packed_headers:
+                both = b"".join((b"\x92\x91", packed, b"\x91", packed_headers))
+                external = frames.EXTERNAL | frames.HEADERS, both
+            elif packed is value:
+                external = frames.EXTERNAL | frames.RAW, packed
             else:
-                self._transmit(frames.EXTERNAL, b"", b"\x91" + (packed or encode_value(value)))
-            return self._base
-        if self._headers is None:
-            self._headers = [b"\xc0"] * self._count
-        self._headers.append(packed_headers or b"\xc0")
-        self._fold()
-        self._chunks.append(packed or encode_value(value))
-        self._count += 1
-        self._size += size + len(packed_headers or b"")
-        seq = self._base + self._count
-        if self._count == 1:
-            self._out.urge(self)
-        elif self._count >= BATCH_MESSAGES_MAX or self._size >= BATCH_BYTES_MAX:
-            self.flush()
+                external = frames.EXTERNAL, b"\x91" + packed
+        with self._out.lock:
+            seq = self._draw()
+            if external is not None:
+                self._externals[seq] = external
+                packed = NIL  # stands in for it
+            elif packed_headers:
+                self._headers[seq] = Raw(packed_headers)
+            self._size += size
+            self._values[seq] = Raw(packed)
         return seq
 
-    def _fold(self) -> None:
-        if self._values:
-            self._chunks.append(frames.array_body(self._values))
-            self._values = []
+    def _stored(self, seq: int) -> None:
+        """A message was stored: see to it that it is sent."""
+        out = self._out
+        with out.lock:
+            if seq >= self._full or self._size >= BATCH_BYTES_MAX or self._externals:
+                self.flush()
+            if self._values and not self.dirty:
+                out.urge(self)
+        if out.backlog:
+            out.make_room()
 
     def flush(self) -> None:
-        """Send what has been gathered. Under the lock."""
-        count = self._count
-        if not count:
-            return
-        if not self._chunks:
-            payload = encode_values(self._values)
-            self._values = []
-        else:
-            self._fold()
-            payload = b"".join((frames.array_header(count), *self._chunks))
-            self._chunks = []
-        flags = 0
-        if self._headers is not None:
-            payload = b"".join((b"\x92", payload, frames.array_header(count), *self._headers))
-            self._headers = None
-            flags = frames.HEADERS
-        self._transmit(flags, payload)
+        """Send what is stored, up to the first seq that is drawn but not stored. Under the lock."""
+        first = self._flushed + 1
+        values: list[bytes | str | Raw] = []
+        with suppress(KeyError):  # there; what was taken before is in the list
+            values.extend(map(self._values.pop, range(first, first + len(self._values))))
+        end = first + len(values)
+        for seq in sorted(seq for seq in self._externals if seq < end) if self._externals else ():
+            self._send_batch(first, values[: seq - first])
+            self._transmit(*self._externals.pop(seq), first=seq)
+            del values[: seq - first + 1]
+            first = seq + 1
+        self._send_batch(first, values)
+        self._size = 0
+        self._full = self._flushed + BATCH_MESSAGES_MAX
 
-    def _transmit(self, flags: int, payload: bytes, external: bytes | None = None) -> None:
+    def _send_batch(self, first: int, values: list[bytes | str | Raw]) -> None:
+        if not values:
+            return
+        flags, payload = 0, encode_values(values)
+        if self._headers:
+            headers = [self._headers.pop(seq, None) for seq in range(first, first + len(values))]
+            if any(headers):
+                flags, payload = frames.HEADERS, encode_values((Raw(payload), headers))
+        self._transmit(flags, payload, first, len(values))
+
+    def _transmit(self, flags: int, payload: bytes, first: int, count: int = 1) -> None:
         out = self._out
-        count, first = self._count, self._base + 1
-        self._count = self._size = 0
-        self._base += count
         time = time_ns()
-        frame = frames.encode_frame(self._prefix, frames.DATA, flags, count, out.origin, first, time, payload)
-        parts = (frame,) if external is None else (frame, external)
+        external = flags & frames.EXTERNAL
+        frame = frames.encode_frame(
+            self.prefix, frames.DATA, flags, count, out.origin, first, time, b"" if external else payload
+        )
+        parts = (frame, payload) if external else (frame,)
+        self._flushed = first + count - 1
         out.history.append(self.entries, first, first + count, parts)
-        size = len(frame) if external is None else len(frame) + len(external)
+        size = len(frame) + len(payload) if external else len(frame)
         self.sent_bytes += size
         out.transmit(parts, size, count, time)
         if self._quiet:
             self._quiet = False
             out.woken(self)
 
-    def reset(self, lock: Lock) -> None:
+    def reset(self) -> None:
         """Nothing will be sent any more; so that the next `send` finds out at once."""
-        self._acquire, self._release = lock.acquire, lock.release
-        self._count = self._size = 0
-        self._values, self._chunks, self._headers = [], [], None
+        self.dirty = False
+        self._values.clear()
 
     def head_if_idle(self) -> bool:
         """Send a HEAD if nothing was sent since the last look. Under the lock. Returns whether it is quiet now."""
-        if self._head_at != self._base:
-            self._head_at = self._base
+        if self._head_at != self._flushed:
+            self._head_at = self._flushed
             return False
         self.send_head()
         self._quiet = True
@@ -227,9 +241,8 @@ class Publisher:
     def send_head(self) -> None:
         """Say how far this stream has come, on its own topic, behind all that was sent. Under the lock."""
         out = self._out
-        out.transmit(
-            (frames.encode_frame(self._prefix, frames.HEAD, 0, 0, out.origin, self._base + 1, time_ns()),), 0, 0, 0
-        )
+        frame = frames.encode_frame(self.prefix, frames.HEAD, 0, 0, out.origin, self.following, time_ns())
+        out.transmit((frame,), 0, 0, 0)
 
 
 class Outlet:
@@ -241,6 +254,7 @@ class Outlet:
         self.lock = Lock()
         self.history = History(history_bytes)
         self.publishers: dict[str, Publisher] = {}
+        self.find = self.publishers.get  # bound once: this is called for every message
         self.backlog: deque[tuple[bytes, ...]] = deque()
         self._noisy: deque[Publisher] = deque()  # sent something, HEAD to follow
         # Set by the engine: from now on call `tick` every TICK, until it returns True.
@@ -281,14 +295,14 @@ class Outlet:
 
     def urge(self, publisher: Publisher) -> None:
         """A stream has something to send."""
+        self._check()
         if self._pace == EAGER:
             publisher.flush()
-            return
-        if self._refusal is not None:
-            self._check()
-        self._dirty.append(publisher)
-        if self._pace == TURN and len(self._dirty) == 1 and self._in_turns is not None:
-            self._in_turns()
+        if self._pace != EAGER or publisher.seq >= publisher.following:  # else all of it is sent
+            publisher.dirty = True
+            self._dirty.append(publisher)
+            if self._in_turns is not None and len(self._dirty) == 1:
+                self._in_turns()
 
     def transmit(self, parts: tuple[bytes, ...], size: int, count: int, time: int) -> None:
         """Give a frame to the PUB socket, behind all that wait already."""
@@ -356,6 +370,7 @@ class Outlet:
     def _flush_dirty(self) -> None:
         dirty, self._dirty = self._dirty, []
         for publisher in dirty:
+            publisher.dirty = False  # first: what is stored from here on is urged anew
             publisher.flush()
 
     def tick(self) -> bool:
@@ -406,7 +421,7 @@ class Outlet:
         """For HEADS: of each stream that fits, topic and the next seq to be sent."""
         matches = Matcher(patterns).matches
         with self.lock:
-            return [(p._prefix[:-1], p._base + 1) for p in self.publishers.values() if matches(p.topic)]
+            return [(p.prefix[:-1], p.following) for p in self.publishers.values() if matches(p.topic)]
 
     def fetch(self, topic: bytes, first: int, last: int, bytes_max: int) -> Fetched:
         """For FETCH: what the history holds."""
@@ -418,7 +433,7 @@ class Outlet:
         """For STATISTICS: (topic, last seq, bytes) of streams in order of first use."""
         with self.lock:
             publishers = islice(self.publishers.values(), skip, skip + most)
-            return [(p._prefix[:-1], p.seq, p.sent_bytes) for p in publishers]
+            return [(p.prefix[:-1], p.seq, p.sent_bytes) for p in publishers]
 
     def announce_idle(self) -> None:
         """Called a few times a second: HEADs for streams that have fallen idle since the last call."""
@@ -446,10 +461,10 @@ class Outlet:
         """From now on nothing can be published: closed, or in a forked child (where the lock may be held for ever)."""
         self._refusal = reason
         if isinstance(reason, ForkedProcess):
-            self.lock = Lock()
+            self.lock = Lock()  # the old one may have been held by a thread that is not here
         for publisher in self.publishers.values():
-            publisher.reset(self.lock)
-        self.publishers = {}
+            publisher.reset()
+        self.publishers.clear()
 
     def close(self, linger_ms: int) -> None:
         """Close the socket; what it holds is still sent for `linger_ms`."""

@@ -69,8 +69,8 @@ class Hello(Body):
     host: Annotated[str, Meta(max_length=255)]
     pid: U64
     release: Annotated[str, Meta(max_length=64)]  # of the software, for people to read
-    version_min: int = VERSION
-    version_max: int = VERSION
+    version_min: U64 = 1  # not VERSION: what is absent means the same for ever
+    version_max: U64 = 1
     role: Annotated[str, Meta(max_length=32)] = "node"
     claims: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)] = []
     subscriptions: Annotated[list[Subscribed], Meta(max_length=SUBSCRIPTIONS_MAX)] = []

@@ -1,0 +1,388 @@
+"""ROUTER commands: pinned byte by byte, every bound at its edge, read by another msgpack library, and fuzzed."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any, get_type_hints
+
+import msgpack
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zmqbus.errors import RemoteProtocolError
+from zmqbus.protocol import commands
+from zmqbus.protocol.commands import (
+    BODIES,
+    BODY_BYTES_MAX,
+    ENVELOPE,
+    HEADS_PER_COMMAND,
+    PATTERNS_MAX,
+    PEERS_PER_HELLO,
+    SUBSCRIPTIONS_MAX,
+    Body,
+    Command,
+    UnknownCommand,
+    decode_command,
+    encode_command,
+)
+
+BIG = 2**64 - 1
+
+# Of each command: a body, and its bytes.
+INTRODUCTION: dict[str, Any] = {
+    "origin": 1,
+    "name": "n",
+    "bus": "b",
+    "epoch": 2,
+    "inbox": ["tcp://127.0.0.1:5"],
+    "pub_port": 6,
+    "host": "h",
+    "pid": 7,
+    "release": "0.1",
+}
+INTRODUCTION_HEX = (
+    "89 a6 6f726967696e 01  a4 6e616d65 a1 6e  a3 627573 a1 62  a5 65706f6368 02"
+    "a5 696e626f78 91 b1 7463703a2f2f3132372e302e302e313a35  a8 7075625f706f7274 06  a4 686f7374 a1 68"
+    "a3 706964 07  a7 72656c65617365 a3 302e31"
+)
+GOLDEN: list[tuple[Body, str]] = [
+    (commands.Hello(**INTRODUCTION), INTRODUCTION_HEX),
+    (commands.Welcome(**INTRODUCTION), INTRODUCTION_HEX),
+    (commands.Bye(), "80"),
+    (commands.Subscribe(3, ["a.*", "b.>"]), "82 a2 6964 03 a8 7061747465726e73 92 a3 612e2a a3 622e3e"),
+    (commands.Unsubscribe(BIG), "81 a2 6964 cf ffffffffffffffff"),
+    (
+        commands.Heads(3, [(b"a.b", 1), (b"c", 2**63)], True),
+        "83 a2 6964 03 a5 6865616473 92 92 c4 03 612e62 01 92 c4 01 63 cf 8000000000000000 a4 6d6f7265 c3",
+    ),
+    (
+        commands.Fetch(b"a", 0x1122334455667788, 5, 9, 4096),
+        "85 a5 746f706963 c4 01 61 a6 6f726967696e cf 1122334455667788 a5 6669727374 05 a4 6c617374 09"
+        "a5 6279746573 cd 1000",
+    ),
+    (
+        commands.Batches(b"a", 0x1122334455667788, 5, 9),
+        "84 a5 746f706963 c4 01 61 a6 6f726967696e cf 1122334455667788 a5 6669727374 05 a4 6c617374 09",
+    ),
+    (commands.Stats(True, 1000), "82 a6 746f70696373 c3 a4 736b6970 cd 03e8"),
+    (
+        commands.Statistics({"peers": 2, "load": 0.5, "os": "x"}, [(b"a", 0, 300)], True),
+        "83 a8 636f756e74657273 83 a5 7065657273 02 a4 6c6f6164 cb 3fe0000000000000 a2 6f73 a1 78"
+        "a6 746f70696373 91 93 c4 01 61 00 cd 012c a4 6d6f7265 c3",
+    ),
+    (commands.Error("bus", "no"), "82 a4 636f6465 a3 627573 a6 726561736f6e a2 6e6f"),
+]
+FULL = commands.Hello(
+    **INTRODUCTION
+    | {"version_max": 2, "role": "forwarder", "claims": ["logs.>"], "peers": [(9, "tcp://10.0.0.6:7")]}
+    | {"subscriptions": [commands.Subscribed(3, ["a.*"])]}
+)
+CODES = {body: code for code, body in BODIES.items()}
+BY_NAME = {type(body).__name__: body for body, _ in GOLDEN}
+
+
+def wire(code: int, body: Any, *, version: int = 1, request: int = 7) -> list[bytes]:
+    return [ENVELOPE.pack(code, version, request), body if isinstance(body, bytes) else msgpack.packb(body)]
+
+
+def refusal(parts: list[bytes]) -> str:
+    with pytest.raises(RemoteProtocolError) as caught:
+        decode_command(parts)
+    assert len(str(caught.value)) <= 1000  # it goes into an ERROR
+    return str(caught.value)
+
+
+# --- golden bytes ------------------------------------------------------------------------------
+
+
+def test_every_command_has_a_vector() -> None:
+    assert {type(body) for body, _ in GOLDEN} >= set(BODIES.values())
+
+
+@pytest.mark.parametrize(("body", "expected"), GOLDEN, ids=BY_NAME)
+def test_golden_commands(body: Body, expected: str) -> None:
+    code = CODES[type(body)]
+    envelope = bytes([code, 1]) + bytes.fromhex("0102000000000080")
+    parts = encode_command(body, 0x8000000000000201)
+    assert parts == [envelope, bytes.fromhex(expected)]
+    assert decode_command(parts) == Command(0x8000000000000201, body, [])
+
+
+def test_codes_are_for_ever() -> None:
+    assert {body.__name__: code for code, body in BODIES.items()} == {
+        "Hello": 1,
+        "Welcome": 2,
+        "Bye": 3,
+        "Subscribe": 4,
+        "Unsubscribe": 5,
+        "Heads": 6,
+        "Fetch": 7,
+        "Batches": 8,
+        "Stats": 24,
+        "Statistics": 25,
+        "Error": 255,
+    }
+
+
+def test_another_library_reads_and_writes_the_same() -> None:
+    for body, _ in [*GOLDEN, (FULL, "")]:
+        parts = encode_command(body)
+        understood = msgpack.unpackb(parts[1])
+        assert isinstance(understood, dict)
+        assert decode_command([parts[0], msgpack.packb(understood)]).body == body
+        reversed_fields = dict(reversed(understood.items()))
+        assert decode_command([parts[0], msgpack.packb(reversed_fields)]).body == body
+
+
+def test_batches_ride_along_verbatim() -> None:
+    body = commands.Batches(b"a", 1, 1, 2)
+    parts = encode_command(body, 5, [b"one", b"", b"two"])
+    assert decode_command(parts) == Command(5, body, [b"one", b"", b"two"])
+
+
+def test_absent_fields_have_their_defaults() -> None:
+    body = decode_command(wire(1, INTRODUCTION)).body
+    assert isinstance(body, commands.Hello)
+    assert (body.version_min, body.version_max, body.role) == (1, 1, "node")
+    assert body.claims == body.subscriptions == body.peers == []
+    fetch = decode_command(wire(7, {"topic": b"a", "origin": 1, "first": 1, "last": 1})).body
+    assert isinstance(fetch, commands.Fetch)
+    assert fetch.bytes == 1024 * 1024
+    assert decode_command(wire(24, {})).body == commands.Stats(False, 0)
+    assert decode_command(wire(6, {"id": 1, "heads": []})).body == commands.Heads(1, [], False)
+
+
+# --- the envelope ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", sorted(BODIES))
+def test_unknown_fields_are_ignored(code: int) -> None:
+    body = msgpack.unpackb(encode_command(BY_NAME[BODIES[code].__name__])[1])
+    more = {**body, "later": {"deep": [1, [2]], "raw": b"\xff"}, "": None}
+    assert decode_command(wire(code, more)) == decode_command(wire(code, body))
+
+
+@pytest.mark.parametrize("code", sorted(set(range(256)) - set(BODIES)))
+def test_unknown_commands_are_told_from_broken_ones(code: int) -> None:
+    with pytest.raises(UnknownCommand, match=f"command {code} is not known") as caught:
+        decode_command(wire(code, b"whatever that body is", request=BIG))
+    assert caught.value.request == BIG
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[], [b""], [ENVELOPE.pack(3, 1, 0)], [b"\x03\x01", b"\x80"], [ENVELOPE.pack(3, 1, 0) + b"\0", b"\x80"]],
+    ids=range(5),
+)
+def test_envelope_of_the_wrong_shape(parts: list[bytes]) -> None:
+    assert "an envelope of" in refusal(parts)
+
+
+@pytest.mark.parametrize("code", sorted(BODIES))
+def test_other_versions_are_refused_except_where_they_are_negotiated(code: int) -> None:
+    body = encode_command(BY_NAME[BODIES[code].__name__])[1]
+    for version in (0, 2, 255):
+        if code in (1, 2):
+            assert type(decode_command(wire(code, body, version=version)).body) is BODIES[code]
+        else:
+            assert f"version {version}" in refusal(wire(code, body, version=version))
+
+
+# --- bodies ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\xc0", b"\x90", b"\x01", b"\x81", b"\x80\x80", b"\xc1", b"\x81\x01\x01", b"\xdf\xff\xff\xff\xff"]
+)
+@pytest.mark.parametrize("code", sorted(BODIES))
+def test_a_body_is_one_map_with_text_for_keys(code: int, body: bytes) -> None:
+    assert refusal(wire(code, body)).startswith(f"{BODIES[code].__name__.upper()}: ")
+
+
+@pytest.mark.parametrize("code", sorted(BODIES))
+def test_every_required_field_is_required_and_typed(code: int) -> None:
+    cls = BODIES[code]
+    good = msgpack.unpackb(encode_command(FULL if code in (1, 2) else BY_NAME[cls.__name__])[1])
+    for field in msgspec.structs.fields(cls):
+        without = {name: value for name, value in good.items() if name != field.encode_name}
+        if field.required:
+            assert f"missing required field `{field.encode_name}`" in refusal(wire(code, without))
+        else:
+            decode_command(wire(code, without))
+        assert refusal(wire(code, {**good, field.encode_name: None}))
+        assert refusal(wire(code, {**good, field.encode_name: -1 if field.encode_name != "counters" else [1]}))
+
+
+def hello(**fields: Any) -> list[bytes]:
+    return wire(1, INTRODUCTION | fields)
+
+
+def heads(n: int) -> dict[str, Any]:
+    return {"id": 1, "heads": [(b"x" * 255, BIG)] * n}
+
+
+def fetching(**fields: Any) -> list[bytes]:
+    return wire(7, {"topic": b"a", "origin": 1, "first": 1, "last": 1} | fields)
+
+
+def statistics(n: int) -> list[bytes]:
+    return wire(25, {"counters": {}, "topics": [(b"a", 1, 1)] * n})
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (hello(origin=BIG), hello(origin=-1)),
+        (hello(name="x" * 255), hello(name="x" * 256)),
+        (hello(name="x"), hello(name="")),
+        (hello(bus="x" * 255), hello(bus="")),
+        (hello(inbox=["tcp://x:1"] * 64), hello(inbox=["tcp://x:1"] * 65)),
+        (hello(inbox=["x" * 300]), hello(inbox=["x" * 301])),
+        (hello(pub_port=65535), hello(pub_port=65536)),
+        (hello(pub_port=1), hello(pub_port=0)),
+        (hello(host="x" * 255), hello(host="x" * 256)),
+        (hello(host=""), hello(host=b"")),
+        (hello(release="x" * 64), hello(release="x" * 65)),
+        (hello(role="x" * 32), hello(role="x" * 33)),
+        (hello(claims=["a"] * PATTERNS_MAX), hello(claims=["a"] * (PATTERNS_MAX + 1))),
+        (hello(claims=[]), hello(claims=[""])),
+        (
+            hello(subscriptions=[{"id": 1, "patterns": []}] * SUBSCRIPTIONS_MAX),
+            hello(subscriptions=[{"id": 1, "patterns": []}] * (SUBSCRIPTIONS_MAX + 1)),
+        ),
+        (
+            hello(subscriptions=[{"id": 1, "patterns": ["a"] * PATTERNS_MAX}]),
+            hello(subscriptions=[{"id": 1, "patterns": ["a"] * (PATTERNS_MAX + 1)}]),
+        ),
+        (hello(peers=[(1, "x")] * PEERS_PER_HELLO), hello(peers=[(1, "x")] * (PEERS_PER_HELLO + 1))),
+        (hello(peers=[(1, "x")]), hello(peers=[(1, "x", 2)])),
+        (wire(4, {"id": 0, "patterns": ["a"] * PATTERNS_MAX}), wire(4, {"id": 0, "patterns": ["a"] * 257})),
+        (wire(4, {"id": 0, "patterns": ["x" * 255]}), wire(4, {"id": 0, "patterns": ["x" * 256]})),
+        (wire(6, heads(HEADS_PER_COMMAND)), wire(6, heads(HEADS_PER_COMMAND + 1))),
+        (wire(6, {"id": 1, "heads": [(b"a", 1)]}), wire(6, {"id": 1, "heads": [(b"a", 0)]})),
+        (wire(6, {"id": 1, "heads": [(b"a", 1)]}), wire(6, {"id": 1, "heads": [(b"", 1)]})),
+        (wire(6, {"id": 1, "heads": [(b"a", 1)]}), wire(6, {"id": 1, "heads": [("a", 1)]})),
+        (fetching(topic=b"x" * 255), fetching(topic=b"x" * 256)),
+        (fetching(first=1), fetching(first=0)),
+        (fetching(last=BIG), fetching(last=0)),
+        (fetching(bytes=1), fetching(bytes=0)),
+        (fetching(origin=BIG), fetching(origin=1.0)),
+        (statistics(HEADS_PER_COMMAND), statistics(HEADS_PER_COMMAND + 1)),
+        (wire(255, {"code": "x" * 64, "reason": ""}), wire(255, {"code": "x" * 65, "reason": ""})),
+        (wire(255, {"code": "", "reason": "x" * 1000}), wire(255, {"code": "", "reason": "x" * 1001})),
+    ],
+    ids=range(32),
+)
+def test_bounds(good: list[bytes], bad: list[bytes]) -> None:
+    assert len(good[1]) <= BODY_BYTES_MAX
+    decode_command(good)
+    assert refusal(bad)
+
+
+def test_every_list_and_text_of_every_command_is_bounded() -> None:
+    """So that nobody adds a field that a peer may fill without end (a map of counters is bounded by its body)."""
+    for cls in (*BODIES.values(), commands.Subscribed):
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            described = msgspec.inspect.type_info(hint)
+            if isinstance(described, msgspec.inspect.ListType | msgspec.inspect.StrType | msgspec.inspect.BytesType):
+                assert described.max_length, f"{cls.__name__}.{name}"
+
+
+def test_a_body_is_bounded() -> None:
+    padding = BODY_BYTES_MAX - len(msgpack.packb({"x": b""})) - 3
+    largest = msgpack.packb({"x": b"\0" * padding})
+    assert len(largest) == BODY_BYTES_MAX
+    assert decode_command(wire(3, largest)).body == commands.Bye()
+    assert "1,048,577 bytes; the limit is 1,048,576" in refusal(wire(3, largest + b"\0"))
+
+
+@pytest.mark.parametrize("deep", [b"\x91" * 100_000 + b"\x01", b"\x81\xa1k" * 100_000 + b"\x01"])
+def test_deep_nesting_is_refused(deep: bytes) -> None:
+    assert refusal(wire(24, b"\x81\xa4more" + deep))
+    assert refusal(wire(25, b"\x81\xa8counters" + deep))
+
+
+@pytest.mark.parametrize("claim", [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"])
+def test_claims_of_billions_allocate_nothing(claim: bytes) -> None:
+    tracemalloc.start()
+    try:
+        for field in (b"\xa2id", b"\xa8patterns", b"\xa5later"):
+            assert refusal(wire(4, b"\x81" + field + claim + b"\x01" * 1000))
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_largest_body_does_not_grow_out_of_proportion() -> None:
+    """What a peer makes us hold for 1 MiB: small maps are the worst of msgpack, and all of them are skipped."""
+    many = b"\xdd" + (1_000_000).to_bytes(4, "big") + b"\x80" * 1_000_000
+    bodies = [b"\x81\xa5later" + many, b"\x81\xa5heads" + many, b"\x81\xa8counters" + many]
+    for code in BODIES:
+        for body in bodies:
+            parts = wire(code, body)
+            tracemalloc.start()
+            try:
+                decode_command(parts)
+            except RemoteProtocolError:
+                pass
+            finally:
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+            assert peak < 20 * BODY_BYTES_MAX, code
+
+
+# --- fuzz --------------------------------------------------------------------------------------
+
+
+def digest(parts: list[bytes]) -> None:
+    """Refused, or a command that can be said again and then means the same."""
+    try:
+        command = decode_command(parts)
+    except RemoteProtocolError:
+        return
+    assert type(command.body) is BODIES[parts[0][0]]
+    again = encode_command(command.body, command.request, command.batches)
+    assert encode_command(*decode_command(again)[1::-1], command.batches) == again  # by bytes: NaN is not NaN
+
+
+@given(st.lists(st.binary(max_size=60), max_size=4))
+def test_random_parts(parts: list[bytes]) -> None:
+    digest(parts)
+
+
+HINTS = [0x00, 0x80, 0x81, 0x8F, 0x90, 0x92, 0xA0, 0xA2, 0xC0, 0xC1, 0xC4, 0xC7, 0xCB, 0xCF, 0xD3, 0xD7, 0xDD, 0xDF]
+BYTE = st.sampled_from(HINTS) | st.integers(0, 255)
+
+
+@given(st.sampled_from(sorted(BODIES)), st.lists(BYTE, max_size=40).map(bytes))
+@settings(max_examples=200)
+def test_random_bodies(code: int, body: bytes) -> None:
+    digest([ENVELOPE.pack(code, 1, 1), body])
+
+
+@given(
+    st.sampled_from([*(body for body, _ in GOLDEN), FULL]),
+    st.lists(st.tuples(st.integers(0, 10_000), BYTE), max_size=4),
+    st.integers(0, 10_000),
+    st.booleans(),
+)
+@settings(max_examples=400)
+def test_commands_mutated_and_cut(body: Body, mutations: list[tuple[int, int]], size: int, extend: bool) -> None:
+    envelope, encoded = encode_command(body, 3)
+    mutated = bytearray(encoded)
+    for at, byte in mutations:
+        mutated[at % len(mutated)] = byte
+    digest([envelope, bytes(mutated)])
+    cut = bytes(mutated[: size % len(mutated)])
+    digest([envelope, cut + bytes(mutated) if extend else cut])
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_prefix_is_refused(name: str) -> None:
+    envelope, body = encode_command(BY_NAME[name])
+    for size in range(len(body)):
+        refusal([envelope, body[:size]])
+    for size in range(len(envelope)):
+        refusal([envelope[:size], body])

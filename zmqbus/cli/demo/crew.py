@@ -1,0 +1,247 @@
+"""The crew of the demo: the processes that ship and follow, and the one who starts them and listens.
+
+Each member is a process of its own with one node. It reports facts over a pipe, as dicts, and is told what to do next,
+as tuples: ("meet", others), ("rate", per second), ("spike",), ("stop",), ("finish", heads).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zmqbus.errors import SetupError, WaitTimeout
+from zmqbus.net.clock import now
+
+if TYPE_CHECKING:
+    from zmqbus.node.node import Node, Subscription
+
+LINE_BYTES_MAX = 16 * 1024
+# A stopped aggregator misses something once the queues on the way to it are full. Ours are shorter than the 32 MiB
+# they are by default, so that one spike will do, which is no burden to a small machine.
+SEND_BYTES = 4 * 1024 * 1024
+RECEIVE_BYTES = 256 * 1024  # only where it is the paused one's
+SPIKE_BYTES = 16 * 1024 * 1024  # what the queues hold, some 6 MiB in the kernel, and more
+TICK = 0.01  # shippers send what is due so often
+REPORT = 0.1  # facts come so often
+START_TIMEOUT = 30.0  # a busy machine takes its time to start a dozen of processes
+CONFIRM = 15.0  # for aggregators to confirm to a leaving shipper
+IDLE = 3.0  # an aggregator that has heard nothing for so long will not hear the rest either
+
+# --- members --------------------------------------------------------------------------------
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a file, again and again: a short log makes up for it, a counter is read anew."""
+    found = True
+    while found:
+        found = False
+        with open(path, "rb") as file:
+            while line := file.readline(LINE_BYTES_MAX):
+                found = True
+                yield line.rstrip(b"\r\n").decode(errors="replace")
+    raise SetupError(f"{path} has become empty")
+
+
+@contextlib.contextmanager
+def _member(pipe: Connection, bus: str, name: str, receive_bytes: int | None = None) -> Iterator[Node]:
+    """A node on the loopback interface. What goes wrong is reported; without the director there is nothing to do."""
+    from zmqbus.node import intake, publishing
+    from zmqbus.node.node import Node
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the director's business
+    publishing.SEND_BYTES_MAX = SEND_BYTES
+    if receive_bytes is not None:
+        intake.RECEIVE_BYTES_MAX = receive_bytes
+    try:
+        with Node(name, bus=bus, interface="127.0.0.1") as node:
+            pipe.send({"up": now()})
+            yield node
+    except (EOFError, ConnectionError):
+        pass
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            pipe.send({"failed": f"{type(error).__name__}: {error}"})
+
+
+def ship(pipe: Connection, bus: str, name: str, topic: str, path: Path) -> None:
+    """Ship lines at the rate asked for, or as fast as possible, until told to stop."""
+    with _member(pipe, bus, name) as node:
+        publisher = node.publisher(topic)
+        lines = lines_of(path)
+        rate, began, base, report_at = 0, now(), 0, 0.0
+        while True:
+            match pipe.recv() if pipe.poll(TICK) else None:
+                case ("meet", int(others)):
+                    node.wait_for_peers(others, START_TIMEOUT)
+                    pipe.send({"met": now()})
+                case ("rate", int(per_second)):
+                    rate, began, base = per_second, now(), publisher.seq
+                case ("spike",):
+                    rest = SPIKE_BYTES
+                    while rest > 0:
+                        line = next(lines)
+                        publisher.send(line)
+                        rest -= len(line) + 1
+                    began, base = now(), publisher.seq
+                    pipe.send({"spiked": True})
+                case ("stop",):
+                    break
+            for _ in range(min(base + int((now() - began) * rate) - publisher.seq, rate)):
+                publisher.send(next(lines))
+            if now() >= report_at:
+                report_at = now() + REPORT
+                pipe.send({"sent": publisher.seq})
+        sent = publisher.seq
+        late = node.close(CONFIRM)
+        pipe.send({"sent": sent, "origin": node.origin, "unconfirmed": [one.peer for one in late], "stopped": True})
+        with contextlib.suppress(EOFError):
+            pipe.recv()
+
+
+class Seen:
+    """What an aggregator got of one stream. `disorder` counts what came twice, or not in order."""
+
+    __slots__ = ("disorder", "first", "following", "received")
+
+    def __init__(self, seq: int) -> None:
+        self.first = self.following = seq
+        self.received = self.disorder = 0
+
+    def note(self, seq: int) -> None:
+        """One message. What was left out shows in the sum."""
+        if seq < self.following:
+            self.disorder += 1
+        else:
+            self.following = seq + 1
+            self.received += 1
+
+
+def follow(pipe: Connection, bus: str, name: str, history: int, receive_bytes: int | None = None) -> None:
+    """Take in everything, and report on it, until told how much there was."""
+    with _member(pipe, bus, name, receive_bytes) as node:
+        _, others = pipe.recv()
+        node.wait_for_peers(others, START_TIMEOUT)
+        subscription = node.subscribe("logs.>", history=history)
+        pipe.send({"met": now()})
+        streams: dict[tuple[str, int], Seen] = {}
+        heads: dict[tuple[str, int], int] | None = None
+        began = heard_at = now()
+        report_at = 0.0
+        while heads is None or (now() - heard_at < IDLE and any(_behind(streams, heads))):
+            message = subscription.get(REPORT / 2)
+            while message is not None:
+                key = (message.topic, message.origin)
+                seen = streams.get(key)
+                if seen is None:
+                    seen = streams[key] = Seen(message.seq)
+                seen.note(message.seq)
+                heard_at = now()
+                if heard_at >= report_at:
+                    break
+                message = subscription.get(0)
+            if now() >= report_at:
+                report_at = now() + REPORT
+                pipe.send(_facts(streams, subscription))
+            if heads is None and pipe.poll():
+                _, heads = pipe.recv()
+                heard_at = now()
+        ranges = [(gap.topic, gap.origin, gap.first, gap.last) for gap in subscription.gaps]
+        per_stream = {key: (seen.first, seen.received, seen.disorder) for key, seen in streams.items()}
+        pipe.send(_facts(streams, subscription) | {"streams": per_stream, "gaps": ranges, "seconds": heard_at - began})
+        with contextlib.suppress(EOFError):
+            pipe.recv()
+
+
+def _facts(streams: dict[tuple[str, int], Seen], subscription: Subscription) -> dict[str, int]:
+    received = sum(seen.received for seen in streams.values())
+    return {"received": received, "repaired": subscription.repaired, "lost": subscription.lost}
+
+
+def _behind(streams: dict[tuple[str, int], Seen], heads: dict[tuple[str, int], int]) -> Iterator[bool]:
+    return (key not in streams or streams[key].following <= last for key, last in heads.items())
+
+
+# --- the director ------------------------------------------------------------------------------
+
+
+class Actor:
+    """One process of the crew, and what it has reported."""
+
+    def __init__(self, name: str, process: Any, pipe: Connection) -> None:
+        self.name = name
+        self.process = process
+        self.pipe = pipe
+        self.facts: dict[str, Any] = {}
+        self.state = ""
+
+
+class Crew:
+    """Starts processes, tells them what to do, and listens; `redraw` is called now and then."""
+
+    def __init__(self, redraw: Callable[[], None]) -> None:
+        # Children of a server that has imported everything once start in milliseconds, and inherit no threads.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["zmqbus.cli.demo", "zmqbus.node.node"])
+        self._redraw = redraw
+        self.actors: list[Actor] = []
+
+    def start(self, work: Callable[..., None], bus: str, name: str, *arguments: object) -> Actor:
+        """A new process."""
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=work, args=(theirs, bus, name, *arguments), name=name, daemon=True)
+        process.start()
+        theirs.close()
+        actor = Actor(name, process, ours)
+        self.actors.append(actor)
+        return actor
+
+    def tell(self, actors: Sequence[Actor], *command: object) -> None:
+        """Have them do something."""
+        for actor in actors:
+            actor.pipe.send(command)
+
+    def listen(self, seconds: float) -> None:
+        """Take in facts for so long."""
+        until = now() + seconds
+        while (rest := until - now()) > 0:
+            self._take_in(rest)
+
+    def until(self, condition: Callable[[], bool], timeout: float) -> None:
+        """Take in facts until this is so; or not for longer than this."""
+        until = now() + timeout
+        while not condition() and now() < until:
+            self._take_in(REPORT)
+
+    def expect(self, actors: Sequence[Actor], fact: str, timeout: float) -> None:
+        """Take in facts until all of them have reported this one."""
+        until = now() + timeout
+        while missing := [actor for actor in actors if fact not in actor.facts]:
+            if now() >= until:
+                raise WaitTimeout(f"processes to report {fact!r}", len(actors) - len(missing), len(actors), timeout)
+            self._take_in(until - now())
+
+    def _take_in(self, timeout: float) -> None:
+        pipes = {actor.pipe: actor for actor in self.actors}
+        for pipe in wait(list(pipes), min(timeout, REPORT)):
+            assert isinstance(pipe, Connection)
+            actor = pipes[pipe]
+            try:
+                actor.facts |= pipe.recv()
+            except (EOFError, ConnectionError):
+                raise SetupError(f"{actor.name} ended unexpectedly") from None
+            if "failed" in actor.facts:
+                raise SetupError(f"{actor.name}: {actor.facts['failed']}")
+        self._redraw()
+
+    def end(self) -> None:
+        """No process is left behind, also not a stopped one."""
+        for actor in self.actors:
+            actor.pipe.close()
+            actor.process.kill()
+        for actor in self.actors:
+            actor.process.join(5)
