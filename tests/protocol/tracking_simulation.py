@@ -21,6 +21,7 @@ from zmqbus.protocol.frames import DATA, HEAD, Batch, decode_batches, encode_fra
 from zmqbus.protocol.history import Entry, History, fetch
 from zmqbus.protocol.tracking import (
     ASKED,
+    BATCH_BYTES,
     FETCHES_MAX,
     PARKED,
     PATIENCE,
@@ -460,7 +461,7 @@ def audit(tracker: Tracker, held_bytes_max: int) -> None:
             firsts = [batch.first for batch in stream.held]
             assert firsts == sorted(firsts)
             assert not firsts or (firsts[0] > stream.next and max(b.end for b in stream.held) <= stream.target)
-            held += sum(batch.size + 300 for batch in stream.held)
+            held += sum(batch.size + BATCH_BYTES for batch in stream.held)
         assert (stream in tracker._queue) == (stream.place == QUEUED)
         assert (stream in tracker._asked) == (stream.place == ASKED) == (stream.asked is not None)
         if stream.place == PARKED:
@@ -469,8 +470,9 @@ def audit(tracker: Tracker, held_bytes_max: int) -> None:
     assert len(unsettled) == sum(s is not None and s.place != SETTLED for s in tracker.streams.values())
     assert held == tracker._held_bytes <= held_bytes_max
     assert len(tracker._asked) <= FETCHES_MAX
-    assert len(tracker._parked) <= 110 + 3 * len(unsettled)
-    assert tracker._early_bytes == sum(batch.size + 300 for batch in tracker._early)
+    assert len(tracker._parked) <= 300
+    assert tracker._forgotten_streams == sum(tracker._forgotten.values())
+    assert tracker._early_bytes == sum(batch.size + BATCH_BYTES for batch in tracker._early)
 
 
 STEPS = {

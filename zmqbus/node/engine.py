@@ -39,7 +39,7 @@ from zmqbus.node.links import Feed, Inbox
 from zmqbus.node.peering import Peering
 from zmqbus.node.publishing import STREAMS_MAX, TICK, Outlet
 from zmqbus.protocol import commands
-from zmqbus.protocol.commands import PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
+from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
 from zmqbus.protocol.frames import decode_batches
 from zmqbus.protocol.history import HISTORY_BYTES_MAX
 from zmqbus.protocol.peers import Peer
@@ -50,6 +50,7 @@ HEARTBEAT_PERIOD = 1.0
 IDLE_PERIOD = 0.1  # how often to look for streams that fell idle, whose HEAD is due
 REGISTER_TIMEOUT = 3.0  # `subscribe` waits no longer for peers that do not answer
 FETCH_TIMEOUT = 20.0  # after this an answer is of no use to the tracker any more
+COMMAND_BYTES_MAX = BODY_BYTES_MAX + 4096  # what the inbox takes: also from a stranger, before it is refused
 PUB_FRAMES = 8192  # until the outlet knows how large frames are
 SUB_FRAMES = 8192
 LINGER_MS = 500  # for what the kernel has not taken yet when a node closes
@@ -165,7 +166,7 @@ class Engine:
         host = config.interface or "0.0.0.0"
         if config.key is not None:
             self._zap = ZapHandler(factory, config.key, self._loop)
-        router, pub = factory.router(), factory.pub(PUB_FRAMES)
+        router, pub = factory.router(frame_bytes_max=COMMAND_BYTES_MAX), factory.pub(PUB_FRAMES)
         inbox_port = parse_endpoint(factory.bind(router, host))[1]
         pub_port = parse_endpoint(factory.bind(pub, host))[1]
         self._own_pub = factory.bind_inproc(pub, f"pub-{self.origin:016x}")

@@ -63,7 +63,7 @@ class Link:
     @property
     def is_connected(self) -> bool:
         """Whether something could be sent to the peer now."""
-        writable = bool(self._socket.get(EVENTS) & POLLOUT)
+        writable = bool(int(self._socket.get(EVENTS)) & POLLOUT)
         self._watch.check()  # looking at EVENTS takes the signal of what has arrived
         return writable
 

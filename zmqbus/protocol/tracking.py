@@ -128,7 +128,8 @@ class Tracker:
         self._sources = sources
         self._history = history
         self._registered: set[int] = set()  # origins whose HEADS are complete
-        self._forgotten: dict[int, int] = {}  # origins that had registered, oldest first -> number of streams
+        self._forgotten: dict[int, int] = {}  # origins that had registered, oldest first -> number of streams and 1
+        self._forgotten_streams = 0  # the sum of that
         self._early: deque[Batch] = deque()
         self._early_bytes = 0
         self._held_bytes = 0
@@ -185,7 +186,7 @@ class Tracker:
                 self._review(stream, now, soft)
         if not registered and not more:
             self._registered.add(origin)
-            self._forgotten.pop(origin, None)
+            self._forgotten_streams -= self._forgotten.pop(origin, 0)
             early, self._early = self._early, deque()
             self._early_bytes = 0
             for batch in early:
@@ -248,6 +249,7 @@ class Tracker:
         if origin in self._registered:
             self._registered.discard(origin)
             self._forgotten[origin] = 1 + sum(key[1] == origin for key in self.streams)
+            self._forgotten_streams += self._forgotten[origin]
             self._drop_streams(self._too_many_forgotten())
         elif origin not in self._forgotten:
             self._drop_streams({origin})
@@ -315,11 +317,10 @@ class Tracker:
 
     def _too_many_forgotten(self) -> set[int]:
         """Forget for good who was forgotten first, as many as the bound demands."""
-        excess = sum(self._forgotten.values()) - FORGOTTEN_STREAMS_MAX
         dropped = set()
-        while excess > 0:
+        while self._forgotten_streams > FORGOTTEN_STREAMS_MAX:
             oldest = next(iter(self._forgotten))
-            excess -= self._forgotten.pop(oldest)
+            self._forgotten_streams -= self._forgotten.pop(oldest)
             dropped.add(oldest)
         return dropped
 
@@ -421,10 +422,12 @@ class Tracker:
             self._move(stream, PARKED)
         stream.due = due
         if len(self._parked) > 100 + 2 * len(self._unsettled):  # mostly void
-            self._parked = [entry for entry in self._parked if entry[2].place == PARKED and entry[2].due == entry[0]]
+            parked = [s for s in self._unsettled.values() if s.place == PARKED]
+            self._parked = [(s.due, number, s) for number, s in enumerate(parked)]
             heapify(self._parked)
-        self._parkings += 1
-        heappush(self._parked, (due, self._parkings, stream))
+        else:
+            self._parkings += 1
+            heappush(self._parked, (due, self._parkings, stream))
 
     def _move(self, stream: Stream, place: int) -> None:
         if stream.place == ASKED:

@@ -65,14 +65,14 @@ def is_text(path: Path) -> bool:
 
 
 def find_logs(directory: Path = LOGS) -> list[Path]:
-    """The largest text files below a directory."""
+    """The largest text files below a directory; links are not followed."""
     found = []
     visited = 0
     for folder, _, names in os.walk(directory):
         for name in names:
             visited += 1
             path = Path(folder, name)
-            if is_text(path):
+            if not path.is_symlink() and is_text(path):
                 with contextlib.suppress(OSError):
                     found.append((path.stat().st_size, path))
         if visited > VISITED_MAX:
