@@ -32,7 +32,6 @@ from zmqbus.net import clock
 from zmqbus.net.interfaces import is_loopback
 
 if TYPE_CHECKING:
-    # At run time only where a node does use mDNS: zeroconf takes longer to import than all the rest.
     from zmqbus.net.mdns import Announcement, LogFunnel, Session
 
 TXT_VERSION = 1
@@ -101,6 +100,10 @@ class Discovery:
         on_gone: Callable[[int], None],
         on_warning: Callable[[str], None],
     ) -> None:
+        # Imported where a node does use mDNS: zeroconf takes tens of milliseconds and 5 MB.
+        from zmqbus.net import mdns
+
+        self._mdns = mdns
         self._bus = check_bus(bus).encode()
         self._origin = origin
         self._addresses = tuple(addresses)
@@ -131,10 +134,8 @@ class Discovery:
         async with self._lock:
             if self._started or self._closed:
                 return
-            from zmqbus.net.mdns import LogFunnel
-
             self._started = True
-            self._log = LogFunnel(self._warnings.say)
+            self._log = self._mdns.LogFunnel(self._warnings.say)
             await self._open()
 
     async def refresh(self) -> None:
@@ -178,10 +179,8 @@ class Discovery:
         """Open a session on the present addresses, if there are any and the network allows it."""
         if not self._addresses:
             return
-        from zmqbus.net.mdns import Service, Session
-
-        session = Session(
-            Service(self._instance, self._host, self._inbox_port, self._txt),
+        session = self._mdns.Session(
+            self._mdns.Service(self._instance, self._host, self._inbox_port, self._txt),
             self._addresses,
             on_announced=self._examine,
             on_goodbye=self._forget,

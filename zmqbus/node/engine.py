@@ -51,8 +51,10 @@ IDLE_PERIOD = 0.1  # how often to look for streams that fell idle, whose HEAD is
 REGISTER_TIMEOUT = 3.0  # `subscribe` waits no longer for peers that do not answer
 FETCH_TIMEOUT = 20.0  # after this an answer is of no use to the tracker any more
 COMMAND_BYTES_MAX = BODY_BYTES_MAX + 4096  # what the inbox takes: also from a stranger, before it is refused
-PUB_FRAMES = 8192  # until the outlet knows how large frames are
-SUB_FRAMES = 8192
+# Frames queued for a subscriber, and by it: 16 MiB of full batches on either side, and the kernel holds more. Not adapted
+# to their size while in use: libzmq tells a sender of progress each half of the limit, so that after lowering it an
+# empty queue may count as full for ever.
+FRAMES_QUEUED = 256
 LINGER_MS = 500  # for what the kernel has not taken yet when a node closes
 TOPICS_PER_STATS = 1000
 FETCH_BYTES = 1024 * 1024  # per answer: large enough to be quick, small enough to share the link
@@ -166,7 +168,7 @@ class Engine:
         host = config.interface or "0.0.0.0"
         if config.key is not None:
             self._zap = ZapHandler(factory, config.key, self._loop)
-        router, pub = factory.router(frame_bytes_max=COMMAND_BYTES_MAX), factory.pub(PUB_FRAMES)
+        router, pub = factory.router(frame_bytes_max=COMMAND_BYTES_MAX), factory.pub(FRAMES_QUEUED)
         inbox_port = parse_endpoint(factory.bind(router, host))[1]
         pub_port = parse_endpoint(factory.bind(pub, host))[1]
         self._own_pub = factory.bind_inproc(pub, f"pub-{self.origin:016x}")
@@ -294,7 +296,7 @@ class Engine:
             check_pattern(pattern)
         if history < 0:
             raise SetupError(f"history={history}: use 0 or more")
-        socket = self._factory.sub(SUB_FRAMES)
+        socket = self._factory.sub(FRAMES_QUEUED)
         for prefix in covering_prefixes(patterns):
             socket.subscribe(prefix)
         self._numbers += 1

@@ -20,15 +20,12 @@ import msgspec
 
 from zmqbus.errors import DecodeError, ForkedProcess, GapError, NodeClosed, RemoteProtocolError
 from zmqbus.net.clock import now
-from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVHWM, RCVMORE, Again
+from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVMORE, Again
 from zmqbus.node.links import Feed
 from zmqbus.protocol.frames import DATA, EXTERNAL, HEAD, HEADER_BYTES, Batch, ValueDecoder, parse_header
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.tracking import SETTLED, Fetch, Gap, Tracker
 
-RECEIVE_BYTES_MAX = 32 * 1024 * 1024  # queued in the socket
-SAMPLE_BYTES = 2 * 1024 * 1024
-FRAMES_MIN, FRAMES_MAX = 8, 65_536
 GAPS_KEPT = 1000  # for a report at the end; the count of lost messages goes on
 
 
@@ -82,7 +79,6 @@ class Intake:
         self._decoder = ValueDecoder(value_type)
         self._raise_gaps = raise_gaps
         self._leaving: set[int] = set()
-        self._frames = self._bytes = self._frames_max = 0
 
     # --- the engine's side -----------------------------------------------------------------------
 
@@ -177,7 +173,6 @@ class Intake:
                 cut, kind, flags, size, origin, first, time_ns = parse_header(frame)
                 if kind == DATA:
                     parts = (frame,) if not flags & EXTERNAL else (frame, self._external())
-                    self._measure(parts)
                     key = (frame[:cut], origin)
                     stream = streams.get(key)
                     if stream is not None and stream.place == SETTLED and stream.next == first:
@@ -302,18 +297,6 @@ class Intake:
             raise RemoteProtocolError("frame: the external value is missing")
         value: bytes = self.socket.recv(NOBLOCK)
         return value
-
-    def _measure(self, parts: tuple[bytes, ...]) -> None:
-        """Turn the byte budget into the socket's limit, which counts frames."""
-        self._frames += 1
-        self._bytes += len(parts[-1])
-        if self._frames > 255 or self._bytes > SAMPLE_BYTES:
-            mean = self._bytes // self._frames + 256
-            wanted = max(FRAMES_MIN, min(FRAMES_MAX, RECEIVE_BYTES_MAX // mean))
-            self._frames = self._bytes = 0
-            if not self._frames_max // 2 < wanted <= self._frames_max:
-                self._frames_max = wanted
-                self.socket.set(RCVHWM, wanted)
 
 
 class _Checked:

@@ -28,7 +28,7 @@ from msgspec import Raw
 
 from zmqbus.errors import ForkedProcess, MessageTooLarge, TooManyStreams, UnsupportedValue
 from zmqbus.net.clock import now, sleep, time_ns
-from zmqbus.net.sockets import NOBLOCK, SNDHWM, SNDMORE, XPUB_NODROP, Again, Socket
+from zmqbus.net.sockets import NOBLOCK, SNDMORE, XPUB_NODROP, Again, Socket
 from zmqbus.protocol import frames
 from zmqbus.protocol.frames import EXTERNAL_BYTES_MIN, MESSAGE_BYTES_MAX, encode_value, encode_values
 from zmqbus.protocol.history import Entry, Fetched, History, fetch
@@ -44,9 +44,6 @@ TICK = 0.001
 PATIENCE = 0.5  # seconds that publishers wait for a full subscriber to read half its queue
 GRUDGE_MIN, GRUDGE_MAX = 1.0, 32.0  # seconds for which they do not, after that was in vain; doubled each time
 STREAMS_MAX = 100_000  # about 1 KiB each
-SEND_BYTES_MAX = 32 * 1024 * 1024  # queued for one subscriber
-SAMPLE_BYTES = 2 * 1024 * 1024  # after so many, or 256 frames, the limit is adapted to their size
-FRAMES_MIN, FRAMES_MAX = 8, 65_536  # bounds of the socket's own limit, which counts frames
 
 HEADS_PER_HEARTBEAT = 64  # repeated each second, so that the loss of a HEAD is made good too
 
@@ -271,8 +268,6 @@ class Outlet:
         self._no_patience_until = -inf
         self._grudge = GRUDGE_MIN
         self._refusal: Exception | None = None
-        self._sampled = (0, 0)
-        self._frames_max = 0
         self._quiet: OrderedDict[Publisher, None] = OrderedDict()  # whose HEAD is repeated, the next first
 
     def publisher(self, topic: str) -> Publisher:
@@ -321,8 +316,6 @@ class Outlet:
         self.messages += count
         self.frames += 1
         self.bytes += size
-        if not self.frames & 0xFF or self.bytes - self._sampled[0] > SAMPLE_BYTES:
-            self._adapt()
         if self._pace == EAGER and count:
             if time - self._window_ns > BURST_NS:
                 self._window_ns = time
@@ -349,16 +342,6 @@ class Outlet:
             self._socket.set(XPUB_NODROP, 0)
             self._socket.send(parts[1], NOBLOCK, copy=False)
             self._socket.set(XPUB_NODROP, 1)
-
-    def _adapt(self) -> None:
-        """Turn the byte budget into the socket's limit, which counts frames."""
-        sent, frames_sent = self._sampled
-        self._sampled = (self.bytes, self.frames)
-        mean = (self.bytes - sent) // max(1, self.frames - frames_sent) + 256
-        wanted = max(FRAMES_MIN, min(FRAMES_MAX, SEND_BYTES_MAX // mean))
-        if not self._frames_max // 2 < wanted <= self._frames_max:
-            self._frames_max = wanted
-            self._socket.set(SNDHWM, wanted)
 
     # --- the rest takes the lock itself ----------------------------------------------------------
 

@@ -14,7 +14,7 @@ that a single value of EXTERNAL_BYTES_MIN or more travels as a second part, so t
     kind        first seq                          count        payload
     DATA        of the first message in the batch  1 or more    the messages, see below
     HEAD        the next one the stream will use   0            none: "you should have all before this"
-    HEARTBEAT   0                                  0            none: "I am here", on topic $hb
+    HEARTBEAT   a count of heartbeats, to look at  0            none: "I am here", on topic $hb
 
     DATA flags            payload is
     (none)                one msgpack array of `count` values

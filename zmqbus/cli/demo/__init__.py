@@ -300,6 +300,7 @@ def _perform(
 
     crew.tell(shippers, "rate", 0)
     crew.until(lambda: all(_has_all(one, shippers) for one in (steady, paused)), CATCH_UP)
+    print([(one.name, one.facts) for one in crew.actors])
     crew.tell(shippers, "stop")
     crew.expect(shippers, "stopped", CONFIRM + START_TIMEOUT)
     keys = [(source.topic, one.facts["origin"]) for source, one in zip(shipped, shippers, strict=True)]

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zmqbus.errors import SetupError, WaitTimeout
-from zmqbus.net.clock import now
+from zmqbus.net.clock import now, sleep
 
 if TYPE_CHECKING:
     from zmqbus.node.node import Node, Subscription
+    from zmqbus.node.publishing import Publisher
 
 LINE_BYTES_MAX = 16 * 1024
 # A stopped aggregator misses something once the queues on the way to it are full. Ours are shorter than the 32 MiB
 # they are by default, so that one spike will do, which is no burden to a small machine.
-SEND_BYTES = 4 * 1024 * 1024
+SEND_BYTES = 1024 * 1024
 RECEIVE_BYTES = 256 * 1024  # only where it is the paused one's
-SPIKE_BYTES = 16 * 1024 * 1024  # what the queues hold, some 6 MiB in the kernel, and more
+SPIKE_BYTES = 12 * 1024 * 1024  # what the queues hold, some 4 MiB in the kernel, and more
+SPIKE_RATE = 100_000  # lines per second
 TICK = 0.01  # shippers send what is due so often
 REPORT = 0.1  # facts come so often
 START_TIMEOUT = 30.0  # a busy machine takes its time to start a dozen of processes
@@ -82,11 +84,7 @@ def ship(pipe: Connection, bus: str, name: str, topic: str, path: Path) -> None:
                 case ("rate", int(per_second)):
                     rate, began, base = per_second, now(), publisher.seq
                 case ("spike",):
-                    rest = SPIKE_BYTES
-                    while rest > 0:
-                        line = next(lines)
-                        publisher.send(line)
-                        rest -= len(line) + 1
+                    spike(publisher, lines)
                     began, base = now(), publisher.seq
                     pipe.send({"spiked": True})
                 case ("stop",):
@@ -101,6 +99,17 @@ def ship(pipe: Connection, bus: str, name: str, topic: str, path: Path) -> None:
         pipe.send({"sent": sent, "origin": node.origin, "unconfirmed": [one.peer for one in late], "stopped": True})
         with contextlib.suppress(EOFError):
             pipe.recv()
+
+
+def spike(publisher: Publisher, lines: Iterator[str]) -> None:
+    """Many lines in a short time; not as fast as possible, which would be too fast for any reader in Python."""
+    began, base, rest = now(), publisher.seq, SPIKE_BYTES
+    while rest > 0:
+        for _ in range(int((now() - began) * SPIKE_RATE) - publisher.seq + base):
+            line = next(lines)
+            publisher.send(line)
+            rest -= len(line) + 1
+        sleep(TICK / 2)
 
 
 class Seen:
