@@ -24,7 +24,7 @@ class Waker:
             os.write(self._write, b"\1\0\0\0\0\0\0\0")
 
     def clear(self) -> None:
-        """Before looking for work, so that what comes while looking wakes again."""
+        """Be ready to be woken again. Call it when `fd` is readable: otherwise it costs an exception."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.fd, 4096)
 

@@ -51,10 +51,10 @@ IDLE_PERIOD = 0.1  # how often to look for streams that fell idle, whose HEAD is
 REGISTER_TIMEOUT = 3.0  # `subscribe` waits no longer for peers that do not answer
 FETCH_TIMEOUT = 20.0  # after this an answer is of no use to the tracker any more
 COMMAND_BYTES_MAX = BODY_BYTES_MAX + 4096  # what the inbox takes: also from a stranger, before it is refused
-# Frames queued for a subscriber, and by it: 16 MiB of full batches on either side, and the kernel holds more. Not adapted
-# to their size while in use: libzmq tells a sender of progress each half of the limit, so that after lowering it an
-# empty queue may count as full for ever.
-FRAMES_QUEUED = 256
+# Frames queued for a subscriber, and by it: 4 MiB of full batches on either side, and the kernel holds more. Not
+# adapted to their size while in use: libzmq tells a sender of progress each half of the limit, so that after
+# lowering it an empty queue may count as full for ever.
+FRAMES_QUEUED = 64
 LINGER_MS = 500  # for what the kernel has not taken yet when a node closes
 TOPICS_PER_STATS = 1000
 FETCH_BYTES = 1024 * 1024  # per answer: large enough to be quick, small enough to share the link

@@ -88,7 +88,6 @@ class Subscription:
         """Wait for messages. False: the deadline has passed, or the subscription is closed."""
         intake, waker = self._intake, self._waker
         while True:
-            waker.clear()
             with intake.lock:
                 if intake.refill():
                     return True
@@ -104,7 +103,9 @@ class Subscription:
                 if deadline is not None and now() >= deadline:
                     return False
                 wait = 0.001
-            self._poll.poll(None if wait is None else wait * 1000)
+            for fd, _ in self._poll.poll(None if wait is None else wait * 1000):
+                if fd == waker.fd:
+                    waker.clear()  # before looking again, so that what comes while looking wakes again
 
     @property
     def lost(self) -> int:
@@ -209,7 +210,13 @@ class Node:
         return self._engine.outlet.publisher(topic)
 
     def flush(self, timeout: float | None = None) -> None:
-        """Send at once what a burst is gathering, and wait until the socket has taken all of it."""
+        """Send at once what a burst is gathering, and wait until the socket has taken all of it.
+
+        Raises:
+            NodeClosed: the node has been closed.
+        """
+        if self._engine.refusal is not None:
+            raise self._engine.refusal
         self._engine.outlet.flush_all()
         self._engine.outlet.make_room()
 

@@ -45,6 +45,7 @@ PATIENCE = 0.5  # seconds that publishers wait for a full subscriber to read hal
 GRUDGE_MIN, GRUDGE_MAX = 1.0, 32.0  # seconds for which they do not, after that was in vain; doubled each time
 STREAMS_MAX = 100_000  # about 1 KiB each
 
+ZERO_COPY_MIN = 256 * 1024  # from here on a copy costs more than the thread with which pyzmq tracks what is lent
 HEADS_PER_HEARTBEAT = 64  # repeated each second, so that the loss of a HEAD is made good too
 
 NIL = b"\xc0"  # msgpack's
@@ -91,7 +92,7 @@ class Publisher:
         self._externals: dict[int, tuple[int, bytes]] = {}  # too large to be packed with others: flags, payload
         self._flushed = 0  # seq of the last message sent
         self._full = BATCH_MESSAGES_MAX  # the seq that fills a batch
-        self._size = 0  # bytes gathered, not counting the small ones
+        self._size = 0  # bytes gathered, not counting the small ones, nor exactly: it only says when to flush
         self._quiet = True  # no HEAD is to follow
         self._head_at = 0
 
@@ -106,19 +107,26 @@ class Publisher:
         kind = value.__class__
         if headers is not None:
             seq = self._store(value, None, headers)
-        elif (kind is bytes or (kind is str and value.isascii())) and len(value) <= SMALL:  # type: ignore
-            seq = self._draw()
-            self._values[seq] = value  # type: ignore[assignment]
-            if self.dirty and seq < self._full:
-                return seq
-        elif kind is bytes and len(value) >= EXTERNAL_BYTES_MIN:  # type: ignore[arg-type]
-            seq = self._store(value, value, None)  # type: ignore[arg-type]
+        elif kind is bytes or (kind is str and value.isascii()):  # type: ignore[attr-defined]
+            size = len(value)  # type: ignore[arg-type]
+            if size < EXTERNAL_BYTES_MIN:
+                seq = self._draw()
+                self._values[seq] = value  # type: ignore[assignment]
+                if size > SMALL:
+                    self._size += size
+                if self.dirty and seq < self._full and self._size < BATCH_BYTES_MAX:
+                    return seq
+            else:
+                seq = self._store(value, value if kind is bytes else None, None)  # type: ignore[arg-type]
         else:
             packed = encode_value(value)
-            if len(packed) <= SMALL:
+            size = len(packed)
+            if size < EXTERNAL_BYTES_MIN:
                 seq = self._draw()
                 self._values[seq] = Raw(packed)
-                if self.dirty and seq < self._full:
+                if size > SMALL:
+                    self._size += size
+                if self.dirty and seq < self._full and self._size < BATCH_BYTES_MAX:
                     return seq
             else:
                 seq = self._store(value, packed, None)
@@ -337,10 +345,10 @@ class Outlet:
             return
         self._socket.send(parts[0], NOBLOCK | SNDMORE)
         try:
-            self._socket.send(parts[1], NOBLOCK, copy=False)
+            self._socket.send(parts[1], NOBLOCK, copy=len(parts[1]) < ZERO_COPY_MIN)
         except Again:  # it must follow its first part, whoever misses it
             self._socket.set(XPUB_NODROP, 0)
-            self._socket.send(parts[1], NOBLOCK, copy=False)
+            self._socket.send(parts[1], NOBLOCK, copy=len(parts[1]) < ZERO_COPY_MIN)
             self._socket.set(XPUB_NODROP, 1)
 
     # --- the rest takes the lock itself ----------------------------------------------------------

@@ -22,7 +22,7 @@ import click
 import msgspec
 
 from zmqbus.cli import shell
-from zmqbus.cli.demo.crew import CONFIRM, RECEIVE_BYTES, REPORT, SPIKE_BYTES, START_TIMEOUT, Actor, Crew, follow, ship
+from zmqbus.cli.demo.crew import CONFIRM, REPORT, SPIKE_LINES, START_TIMEOUT, Actor, Crew, follow, ship
 from zmqbus.cli.forms import human_age, human_bytes, human_rate
 from zmqbus.cli.shell import Column, plural, remark
 from zmqbus.errors import SetupError
@@ -208,7 +208,7 @@ _ACCOUNT: tuple[Column, ...] = (
     help="Lines per second that all shippers send together, apart from the spike.",
 )
 @click.option(
-    "--seconds", type=click.FloatRange(1, 600), default=6.0, show_default=True, metavar="S", help="How long to ship."
+    "--seconds", type=click.FloatRange(1, 600), default=5.0, show_default=True, metavar="S", help="How long to ship."
 )
 @click.option(
     "--history",
@@ -263,7 +263,7 @@ def _perform(
     bus = f"demo-{secrets.token_hex(4)}"
     shippers = [crew.start(ship, bus, f"ship-{one.topic.split('.')[-1]}", one.topic, one.path) for one in shipped]
     steady = crew.start(follow, bus, "steady", 0)
-    paused = crew.start(follow, bus, "paused", 0, RECEIVE_BYTES)
+    paused = crew.start(follow, bus, "paused", 0)
     everybody = (*shippers, steady, paused)
     stage.say(f"{len(everybody)} processes start: a shipper for each file; two aggregators, `steady` and `paused`")
     crew.expect(everybody, "up", START_TIMEOUT)
@@ -280,7 +280,7 @@ def _perform(
     paused.state = " (stopped)"
     stage.say("`paused` is stopped (SIGSTOP), as if its machine hung")
     crew.tell(shippers[:1], "spike")
-    stage.say(f"just then a spike: {human_bytes(SPIKE_BYTES)} of lines at once from {shippers[0].name}")
+    stage.say(f"just then a spike: {SPIKE_LINES:,} lines in no time from {shippers[0].name}")
     crew.expect(shippers[:1], "spiked", START_TIMEOUT)
     crew.listen(seconds / 5)
     os.kill(paused.process.pid, signal.SIGCONT)
@@ -294,26 +294,27 @@ def _perform(
     crew.expect([late], "met", START_TIMEOUT)
     wait = late.facts["met"] - late.facts["up"]
     stage.say(f"`late` joins, {human_age(wait)} after it was up, and asks for the last {history:,} lines of each file")
-    crew.listen(3 * REPORT)  # the shippers report how far they are
-    seqs = [one.facts["sent"] for one in shippers]
+    crew.tell(shippers, "where")
+    crew.expect(shippers, "where", START_TIMEOUT)
     crew.listen(seconds / 5)
 
     crew.tell(shippers, "rate", 0)
+    silent_at = now()
     crew.until(lambda: all(_has_all(one, shippers) for one in (steady, paused)), CATCH_UP)
-    print([(one.name, one.facts) for one in crew.actors])
+    stage.say(f"the shippers fall silent; all aggregators have caught up {human_age(now() - silent_at)} later")
     crew.tell(shippers, "stop")
     crew.expect(shippers, "stopped", CONFIRM + START_TIMEOUT)
     keys = [(source.topic, one.facts["origin"]) for source, one in zip(shipped, shippers, strict=True)]
     heads = {key: one.facts["sent"] for key, one in zip(keys, shippers, strict=True)}
-    stage.say(f"the shippers have left, after {sum(heads.values()):,} lines; now the account")
+    stage.say(f"the shippers have left, after {sum(heads.values()):,} lines")
     for one in shippers:
         if one.facts["unconfirmed"]:
             remark(f"{one.name} left before {', '.join(one.facts['unconfirmed'])} had confirmed everything")
     crew.tell([steady, paused, late], "finish", heads)
     crew.expect([steady, paused, late], "streams", START_TIMEOUT)
     whole = dict.fromkeys(keys, 1)
-    # When it had joined, they were no further than this: so it is owed their last lines from here on, or earlier.
-    tail = {key: max(1, seq - history + 1) for key, seq in zip(keys, seqs, strict=True)}
+    # They said so after it had joined: when it did, they were no further, and so it is owed this much, or more.
+    tail = {key: max(1, one.facts["where"] - history + 1) for key, one in zip(keys, shippers, strict=True)}
     accounts = [settle(steady, heads, whole), settle(paused, heads, whole), settle(late, heads, tail)]
     return accounts, sum(heads.values())
 
@@ -343,11 +344,11 @@ def _conclude(accounts: Sequence[Account], files: int, total: int, as_json: bool
             f"Proved: no line was lost silently. {plural(lost, 'line')} could not be repaired, and all were reported."
         )
         return code
-    click.echo(f"Proved: of {plural(total, 'line')} every aggregator got all that was sent to it, in order and once.")
-    if repaired:
-        click.echo(
-            f"Nothing was lost: {plural(repaired, 'line')} that `paused` had missed were fetched from the shippers."
-        )
-    else:
-        click.echo("Nothing was lost. `paused` missed nothing this time: buffers on the way held all that came.")
+    missed = (
+        f"{plural(repaired, 'line')} that `paused` had missed were repaired" if repaired else "`paused` missed none"
+    )
+    click.echo(
+        f"Proved: {plural(total, 'line')} sent, and every aggregator has all that it is owed, in order and once; "
+        f"{missed}; nothing was lost."
+    )
     return code

@@ -1,7 +1,7 @@
 """The crew of the demo: the processes that ship and follow, and the one who starts them and listens.
 
 Each member is a process of its own with one node. It reports facts over a pipe, as dicts, and is told what to do next,
-as tuples: ("meet", others), ("rate", per second), ("spike",), ("stop",), ("finish", heads).
+as tuples: ("meet", others), ("rate", per second), ("spike",), ("where",), ("stop",), ("finish", heads).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,10 @@ if TYPE_CHECKING:
     from zmqbus.node.publishing import Publisher
 
 LINE_BYTES_MAX = 16 * 1024
-# A stopped aggregator misses something once the queues on the way to it are full. Ours are shorter than the 32 MiB
-# they are by default, so that one spike will do, which is no burden to a small machine.
-SEND_BYTES = 1024 * 1024
-RECEIVE_BYTES = 256 * 1024  # only where it is the paused one's
-SPIKE_BYTES = 12 * 1024 * 1024  # what the queues hold, some 4 MiB in the kernel, and more
-SPIKE_RATE = 100_000  # lines per second
+# A stopped aggregator misses something once the queues on the way to it are full: 512 batches, and some megabytes in
+# the kernel. This is more.
+SPIKE_LINES = 250_000
+SPIKE_RATE = 125_000  # per second
 TICK = 0.01  # shippers send what is due so often
 REPORT = 0.1  # facts come so often
 START_TIMEOUT = 30.0  # a busy machine takes its time to start a dozen of processes
@@ -50,15 +49,11 @@ def lines_of(path: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _member(pipe: Connection, bus: str, name: str, receive_bytes: int | None = None) -> Iterator[Node]:
+def _member(pipe: Connection, bus: str, name: str) -> Iterator[Node]:
     """A node on the loopback interface. What goes wrong is reported; without the director there is nothing to do."""
-    from zmqbus.node import intake, publishing
     from zmqbus.node.node import Node
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the director's business
-    publishing.SEND_BYTES_MAX = SEND_BYTES
-    if receive_bytes is not None:
-        intake.RECEIVE_BYTES_MAX = receive_bytes
     try:
         with Node(name, bus=bus, interface="127.0.0.1") as node:
             pipe.send({"up": now()})
@@ -87,6 +82,8 @@ def ship(pipe: Connection, bus: str, name: str, topic: str, path: Path) -> None:
                     spike(publisher, lines)
                     began, base = now(), publisher.seq
                     pipe.send({"spiked": True})
+                case ("where",):
+                    pipe.send({"where": publisher.seq})
                 case ("stop",):
                     break
             for _ in range(min(base + int((now() - began) * rate) - publisher.seq, rate)):
@@ -103,13 +100,13 @@ def ship(pipe: Connection, bus: str, name: str, topic: str, path: Path) -> None:
 
 def spike(publisher: Publisher, lines: Iterator[str]) -> None:
     """Many lines in a short time; not as fast as possible, which would be too fast for any reader in Python."""
-    began, base, rest = now(), publisher.seq, SPIKE_BYTES
-    while rest > 0:
-        for _ in range(int((now() - began) * SPIKE_RATE) - publisher.seq + base):
-            line = next(lines)
+    began, sent = now(), 0
+    while sent < SPIKE_LINES:
+        due = min(SPIKE_LINES, int((now() - began) * SPIKE_RATE)) - sent
+        for line in islice(lines, due):
             publisher.send(line)
-            rest -= len(line) + 1
-        sleep(TICK / 2)
+        sent += due
+        sleep(TICK / 10)
 
 
 class Seen:
@@ -130,9 +127,9 @@ class Seen:
             self.received += 1
 
 
-def follow(pipe: Connection, bus: str, name: str, history: int, receive_bytes: int | None = None) -> None:
+def follow(pipe: Connection, bus: str, name: str, history: int) -> None:
     """Take in everything, and report on it, until told how much there was."""
-    with _member(pipe, bus, name, receive_bytes) as node:
+    with _member(pipe, bus, name) as node:
         _, others = pipe.recv()
         node.wait_for_peers(others, START_TIMEOUT)
         subscription = node.subscribe("logs.>", history=history)
