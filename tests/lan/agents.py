@@ -45,9 +45,7 @@ class Agent:
     def __init__(self, host: Host | None) -> None:
         argv = [sys.executable, str(PROGRAM)]
         start = subprocess.Popen if host is None else host.popen
-        self.process: subprocess.Popen[str] = start(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.process: subprocess.Popen[str] = start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -148,7 +148,9 @@ def test_a_host_that_changes_its_address_is_reached_again(bus: str, key: str) ->
         published = {name: agent.ask("flowed", topic=f"from.{name}") for agent, name in zip(hosts, "abc", strict=True)}
         for agent in hosts:
             for name in "abc":
-                wait_until(lambda agent=agent, name=name: ranges(agent.report(), f"from.{name}")[-1][1] >= published[name])
+                wait_until(
+                    lambda agent=agent, name=name: ranges(agent.report(), f"from.{name}")[-1][1] >= published[name]
+                )
         print(f"exchanging messages after {time.monotonic() - changed_at:.1f} s")
 
         last = {name: agent.ask("stop_flow", topic=f"from.{name}") for agent, name in zip(hosts, "abc", strict=True)}

@@ -439,6 +439,33 @@ def test_progress_renews_patience() -> None:
     assert bench.tracker.lost == 0
 
 
+def test_so_does_live_data() -> None:
+    bench = Bench()
+    bench.sources = []
+    bench.live(3, 6)
+    bench.repairs(after=PATIENCE - 1)
+    assert bench.live(1, 2) == "1 2 3"
+    bench.repairs(after=PATIENCE - 1)  # 4 and 5 have been next for less
+    assert bench.ready() == ""
+    bench.repairs(after=1)
+    assert bench.ready() == "gap 4-5 6"
+
+
+def test_a_new_hole_begins_with_a_short_timeout() -> None:
+    bench = Bench()
+    bench.live(3)
+    for timeout in (0, 1, 2):
+        bench.repairs(after=timeout)
+    bench.sources = []
+    bench.repairs(after=PATIENCE)
+    bench.repairs(after=PATIENCE)
+    assert bench.ready() == "gap 1-2 3"
+    bench.sources = [ORIGIN]
+    bench.live(5)
+    assert bench.repairs() == ["1 4-4"]
+    assert bench.tracker.timer() == bench.now + FETCH_TIMEOUT
+
+
 def test_fetches_in_flight_are_limited_and_the_others_have_their_turn() -> None:
     bench = Bench()
     streams = 3 * FETCHES_MAX
@@ -647,6 +674,12 @@ def test_beyond_the_bound_newer_batches_are_let_go_and_fetched_later() -> None:
     assert bench.answer((5, 9)) == "5-9"
     assert bench.counters == (6, 0, 0)
     assert bench.settled
+
+
+def test_what_is_held_already_takes_no_room_again() -> None:
+    bench = Bench(held_bytes_max=3 * (10 + BATCH_BYTES))
+    bench.live((2, 5), (2, 5), (3, 4), (2, 5), 6, 7)
+    assert bench.live(1) == "1 2-5 6 7"
 
 
 def test_the_bound_is_for_all_streams_together_and_is_given_back() -> None:

@@ -249,6 +249,7 @@ def sub(
     write, flush = sys.stdout.write, sys.stdout.flush
     shown = 0
     with bus.join("sub") as node, node.subscribe(*patterns, history=history) as subscription:
+        shell.greet(patterns, bus)
         watch = Watch(node)
 
         def pause() -> None:
@@ -267,9 +268,9 @@ def sub(
             raise
         finally:
             if not quiet or subscription.lost:
-                received = (
-                    f"{plural(shown, 'message')} received, {subscription.repaired:,} of them fetched from history"
-                )
+                received = f"{plural(shown, 'message')} received"
+                if subscription.repaired:
+                    received += f", {subscription.repaired:,} of them fetched from history"
                 remark(f"{received}; {shell.loss_report(subscription, watch.name)}")
     if fail_on_loss and subscription.lost:
         return shell.LOST

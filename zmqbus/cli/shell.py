@@ -105,8 +105,8 @@ def guarded(work: Callable[[], Any]) -> int:
             return code if isinstance(code, int) else OK
         finally:
             _let_go_of_output()
-    except click.exceptions.Exit:
-        raise  # click's own way to end, such as after --help
+    except click.exceptions.Exit as end:  # click's own way, such as after --help
+        return end.exit_code
     except click.ClickException as error:
         remark(_usage(error))
         return error.exit_code
@@ -236,6 +236,12 @@ class Bus(msgspec.Struct, frozen=True):
             peers=self.peers,
         ) as node:
             yield node
+
+
+def greet(patterns: Sequence[str], bus: Bus) -> None:
+    """On a terminal: say that the command waits, for what, and how to end it."""
+    if on_terminal() and sys.stderr.isatty():
+        remark(f"{' '.join(patterns)} on bus {bus.name!r}; Ctrl-C ends")
 
 
 class Watch:

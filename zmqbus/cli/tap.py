@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,11 +38,10 @@ FLUSH_EVERY = 0.1  # seconds, while messages keep coming
 
 
 class Drain:
-    """Takes messages off a subscription on a thread of its own. Bounded; `seen` and `passed` count."""
+    """Takes messages off a subscription on a thread of its own. Bounded: beyond that they pass by unseen."""
 
     def __init__(self, subscription: Subscription) -> None:
-        self.seen = 0
-        self.passed = 0
+        self._passed = 0
         self._subscription = subscription
         self._queue: deque[tuple[Message, int]] = deque()
         # Bytes that went in and came out: each is counted by one thread only, so no lock is needed.
@@ -70,11 +69,15 @@ class Drain:
             if not self._queue and not self._stirred.wait(timeout):
                 return None
 
+    @property
+    def unseen(self) -> int:
+        """How many have passed by; and, where that happened, how many of those before them still wait to be shown."""
+        return self._passed and self._passed + len(self._queue)
+
     def _run(self) -> None:
         queue, stirred = self._queue, self._stirred
         try:
             for message in self._subscription:
-                self.seen += 1
                 value = message.value
                 size = len(value) if value.__class__ is str or value.__class__ is bytes else _size(value)
                 if len(queue) < QUEUE_MESSAGES_MAX and self._bytes_in - self._bytes_out < QUEUE_BYTES_MAX:
@@ -83,7 +86,7 @@ class Drain:
                     if not stirred.is_set():
                         stirred.set()
                 else:
-                    self.passed += 1
+                    self._passed += 1
         except Exception as error:
             self._error = error
         finally:
@@ -347,6 +350,7 @@ def tap(
         raise click.UsageError("--subjects is a table of its own: leave out --last-per-topic, --format and --hex")
 
     with bus.join("tap") as node, node.subscribe(*patterns) as subscription:
+        shell.greet(patterns, bus)
         watch = Watch(node)
         drain = Drain(subscription)
         view: View
@@ -387,20 +391,19 @@ def tap(
             silent = True
             raise
         finally:
-            seen = drain.seen if count is None or matched < count else looked_at + drain.passed
-            if not silent and (not quiet or subscription.lost or seen > looked_at):
-                remark(_report(seen, looked_at, matched, shell.loss_report(subscription, watch.name)))
+            unseen = drain.unseen
+            if not silent and (not quiet or subscription.lost or unseen):
+                remark(_report(looked_at, matched, unseen, shell.loss_report(subscription, watch.name)))
     if fail_on_loss and subscription.lost:
         return shell.LOST
     return shell.TIMED_OUT if count is not None and matched < count else shell.OK
 
 
-def _report(seen: int, looked_at: int, matched: int, losses: str) -> str:
-    parts: Sequence[str] = (
-        f"{plural(seen, 'message')} seen, {matched:,} matched and shown"
-        if matched != seen
-        else f"{plural(seen, 'message')} shown",
-        f"{seen - looked_at:,} passed by unseen, faster than they could be shown" if seen > looked_at else "",
+def _report(looked_at: int, matched: int, unseen: int, losses: str) -> str:
+    seen = plural(looked_at + unseen, "message")
+    parts = (
+        f"{seen} seen, {matched:,} matched and shown" if matched < looked_at + unseen else f"{seen} shown",
+        f"{unseen:,} passed by unseen, faster than they could be shown" if unseen else "",
         losses,
     )
     return "; ".join(filter(None, parts))

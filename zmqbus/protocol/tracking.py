@@ -93,7 +93,7 @@ class Stream(msgspec.Struct, gc=False, eq=False):
     asked: Fetch | None = None
     due: float = 0.0
     tries: int = 0  # failures in a row
-    since: float = 0.0  # when the hole was noticed, or last grew smaller, or another source's turn came
+    since: float = 0.0  # when the hole was noticed, or last grew smaller
     soft: bool = False  # parked until the socket is empty: the hole is known only from beside the data path
 
 
@@ -202,7 +202,7 @@ class Tracker:
             if (batch.topic, batch.origin) != stream.key or batch.first > asked.last:
                 continue
             if batch.first > stream.next:
-                self._absent(stream, asked.source, batch.first, now)
+                self._absent(stream, asked.source, batch.first)
                 if batch.first > stream.next:
                     break  # another source may have what comes before; this one's turn comes again
             if batch.end > stream.next:
@@ -211,7 +211,7 @@ class Tracker:
                 stream.since = now
                 stream.tries = 0
         else:
-            self._absent(stream, asked.source, min(last, asked.last) + 1, now)
+            self._absent(stream, asked.source, min(last, asked.last) + 1)
         if stream.next == before and stream.lacks is lacks:
             self._failed(stream, now)  # it says nothing about what was asked
         else:
@@ -235,7 +235,7 @@ class Tracker:
             if stream.soft:  # except for what may be in the socket
                 stream.lacks = {**stream.lacks, origin: stream.target}
                 continue
-            self._absent(stream, origin, stream.target, now)
+            self._absent(stream, origin, stream.target)
             if stream.asked is None or stream.asked.source == origin or stream.next >= stream.target:
                 self._attend(stream)
 
@@ -461,11 +461,10 @@ class Tracker:
         origin = stream.key[1]
         return min(stream.lacks.get(source, 0) for source in (origin, *self._sources(stream.topic, origin)))
 
-    def _absent(self, stream: Stream, source: int, end: int, now: float) -> None:
+    def _absent(self, stream: Stream, source: int, end: int) -> None:
         """`source` has nothing from `next` to before `end`. Another may; with none left it is lost."""
         if end > stream.next:
             stream.lacks = {**stream.lacks, source: end}
-            stream.since = now
             stream.tries = 0
             self._give_up(stream, self._lacking(stream))
 
@@ -475,7 +474,7 @@ class Tracker:
         source, late = stream.asked.source, stream.due <= now
         stream.tries += 1
         if stream.tries >= FETCH_TRIES and now >= stream.since + PATIENCE:
-            self._absent(stream, source, stream.target, now)
+            self._absent(stream, source, stream.target)
             self._attend(stream)
         elif late:
             self._enqueue(stream)
