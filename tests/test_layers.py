@@ -26,7 +26,7 @@ ONLY_IN = {
     "click": {"cli"},
     "rich": {"cli"},
     "time": {"net"},
-    "threading": {"net", "node"},
+    "threading": {"net", "node", "cli"},
     "asyncio": {"net", "node", "cli"},
     "socket": {"net", "node", "cli"},
     "random": {"node"},
@@ -84,7 +84,9 @@ def test_a_file_tells_one_story(path: Path) -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), "says at its top what may happen in it"
 
 
-@pytest.mark.parametrize("folder", [ROOT, *(path for path in ROOT.iterdir() if path.is_dir())], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder", [ROOT, *(path for path in ROOT.iterdir() if path.is_dir())], ids=lambda path: path.name
+)
 def test_a_folder_is_seen_at_a_glance(folder: Path) -> None:
     things = [path.name for path in folder.iterdir() if path.name not in ("__pycache__", "__init__.py", "py.typed")]
     assert len(things) <= THINGS_MAX, things

@@ -191,7 +191,9 @@ def described(kind: Any) -> str:
             return f"uint {least} to {most}"
         case StrType() | BytesType():
             name = "str" if isinstance(kind, StrType) else "bin"
-            return f"{name} {kind.min_length} to {kind.max_length}" if kind.min_length else f"{name} ≤ {kind.max_length}"
+            return (
+                f"{name} {kind.min_length} to {kind.max_length}" if kind.min_length else f"{name} ≤ {kind.max_length}"
+            )
         case BoolType():
             return "bool"
         case ListType():

@@ -26,7 +26,9 @@ def test_there_are_blocks() -> None:
     assert len(PYTHON) == 2
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:tests|docs|tools)/[\w./]+)(?:::(\w+))?`", README))), ids=str)
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`((?:tests|docs|tools)/[\w./]+)(?:::(\w+))?`", README))), ids=str
+)
 def test_named_files_and_tests_exist(name: tuple[str, str]) -> None:
     path = ROOT / name[0]
     assert path.exists()

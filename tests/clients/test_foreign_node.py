@@ -166,9 +166,10 @@ def test_gaps_are_fetched_and_what_is_not_held_is_reported(foreign: Foreign, sub
         frame(5, flags=0x46),  # a later flag
         frame(5, kind=77),  # a later kind
         frame(5, flags=6, count=2),
+        frame(4, flags=6),  # a duplicate with more parts than it may have
         b"no frame",
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_parts_behind_a_frame_that_is_not_understood_are_not_frames(
     foreign: Foreign, subscription: Subscription, refused: bytes

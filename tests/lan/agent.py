@@ -127,6 +127,10 @@ class Agent:
         """[name, origin, inbox] of each peer."""
         return [[peer.name, peer.origin, peer.inbox] for peer in self._nodes[node].peers()]
 
+    def endpoints(self, node: str) -> dict[str, str]:
+        """Where a node can be reached now."""
+        return self._nodes[node].endpoints
+
     def census(self) -> dict[str, int]:
         """How many peers each node has."""
         return {name: len(node.peers()) for name, node in self._nodes.items()}

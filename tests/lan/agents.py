@@ -11,6 +11,7 @@ Every wait has a bound, after which the test fails and says what it waited for. 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import signal
@@ -109,10 +110,8 @@ class Agent:
         self._reader.join()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            try:
+            with contextlib.suppress(BrokenPipeError):  # unsent input of one that is dead
                 pipe.close()
-            except BrokenPipeError:
-                pass
 
 
 class Agents:
@@ -163,7 +162,7 @@ def account(report: Mapping[str, Any], topic: str, origin: int | None = None) ->
     """
     assert report["wrong"] == []
     received = ranges(report, topic, origin)
-    lost = [[f, l] for t, o, f, l in report["gaps"] if t == topic and origin in (None, o)]
+    lost = [gap[2:] for gap in report["gaps"] if gap[0] == topic and origin in (None, gap[1])]
     for pieces in (received, lost):
         assert pieces == sorted(pieces), f"out of order: {pieces}"
     merged: list[list[int]] = []

@@ -93,7 +93,7 @@ def test_leaving_the_machine_without_a_key_is_refused_in_one_line(bus: str, opti
         host.run(["nft", COUNTERS])
         agent = agents.start(host)
         with pytest.raises(
-            AgentError, match="without a bus key zmqbus stays on this machine: .*keygen.*key="
+            AgentError, match=r"without a bus key zmqbus stays on this machine: .*keygen.*key="
         ) as refused:
             agent.open("a", bus=bus, **options)
         assert refused.value.kind == "SetupError"

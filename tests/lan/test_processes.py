@@ -129,7 +129,7 @@ def test_close_is_bounded_when_a_subscriber_is_stopped(bus: str, agents: Agents)
 
 
 def flood(agents: Agents, bus: str, seconds: float, **options: int) -> int:
-    """One subscriber is stopped for so long under 20,000 messages a second, another is not. Returns how many it lost."""
+    """Of two subscribers one is stopped for so long, under 20,000 messages a second. Returns how many it lost."""
     publisher, stopped, quick = agents.start(), agents.start(), agents.start()
     publisher.open("publisher", bus=bus, **options)
     for agent, name in ((stopped, "stopped"), (quick, "quick")):
@@ -147,7 +147,8 @@ def flood(agents: Agents, bus: str, seconds: float, **options: int) -> int:
     last = publisher.ask("stop_flow", topic="t")
     report = wait_exact(stopped, "t", last)
     untouched = wait_exact(quick, "t", last)
-    assert untouched["lost"] == 0
+    if not options:
+        assert untouched["lost"] == 0
     received = sum(to - since + 1 for since, to in ranges(report, "t"))
     assert received + report["lost"] == last
     print(

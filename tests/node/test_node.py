@@ -210,7 +210,7 @@ def test_peers_events_and_waiting(bus: str) -> None:
     with zmqbus.Node("first", bus=bus) as first:
         events = first.events()
         assert first.peers() == []
-        with pytest.raises(zmqbus.WaitTimeout, match="waited 0.01 s for 1 peer"):
+        with pytest.raises(zmqbus.WaitTimeout, match=r"waited 0\.01 s for 1 peer"):
             first.wait_for_peers(1, timeout=0.01)
         with zmqbus.Node("second", bus=bus) as second:
             assert [peer.name for peer in first.wait_for_peers(1, timeout=10)] == ["second"]
@@ -300,6 +300,21 @@ def test_close_waits_until_subscribers_have_all(pair: tuple[zmqbus.Node, zmqbus.
     subscription.close()
     consumer.join(5)
     assert got == list(range(20_001))
+
+
+def test_what_was_received_outlives_its_publisher(
+    pair: tuple[zmqbus.Node, zmqbus.Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zmqbus.node.registry.LEAVE_PATIENCE", 0.1)
+    a, b = pair
+    events = b.events()
+    subscription = b.subscribe("testament")
+    for number in range(5000):
+        a.publish("testament", number)
+    a.close(timeout=0.3)
+    assert isinstance(events.get(10), zmqbus.PeerLeft)
+    assert [message.value for message in drain(subscription, 5000)] == list(range(5000))
+    assert subscription.lost == 0
 
 
 def test_a_stopped_subscriber_costs_others_nothing_and_gets_an_exact_account(bus: str, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class _Group(click.Group):
 )
 @click.option(
     "--key-file",
+    type=click.Path(),  # for completion; what is wrong with it, BusKey says better
     metavar="FILE",
     envvar="ZMQBUS_KEY_FILE",
     show_envvar=True,

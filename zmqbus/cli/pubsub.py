@@ -19,6 +19,7 @@ from zmqbus.protocol.topics import check_pattern, encode_topic
 
 if TYPE_CHECKING:
     from zmqbus.node.node import Node
+    from zmqbus.protocol.message import Message
 
 WAIT = 2.0  # for the first subscriber, when nothing was said about waiting
 SETTLE = 0.15  # after the first one: others that are there already answer within this
@@ -247,20 +248,24 @@ def sub(
         check_pattern(pattern)
     render = renderer(template, as_json)
     write, flush = sys.stdout.write, sys.stdout.flush
-    shown = 0
+    received = 0
     with bus.join("sub") as node, node.subscribe(*patterns, history=history) as subscription:
         shell.greet(patterns, bus)
         watch = Watch(node)
+
+        def take(timeout: float) -> tuple[Message, ...]:
+            message = subscription.get(timeout)
+            return () if message is None else (message,)
 
         def pause() -> None:
             flush()
             watch.poll()
 
         try:
-            for message, at in shell.messages(subscription, seconds, pause):
+            for message, at in shell.messages(take, seconds, pause):
+                received += 1
                 write(render(Fields(message, now=at, node=watch.name(message.origin))) + "\n")
-                shown += 1
-                if shown == count:
+                if received == count:
                     break
             flush()
         except BrokenPipeError:
@@ -268,10 +273,10 @@ def sub(
             raise
         finally:
             if not quiet or subscription.lost:
-                received = f"{plural(shown, 'message')} received"
+                text = f"{plural(received, 'message')} received"
                 if subscription.repaired:
-                    received += f", {subscription.repaired:,} of them fetched from history"
-                remark(f"{received}; {shell.loss_report(subscription, watch.name)}")
+                    text += f", {subscription.repaired:,} of them fetched from history"
+                remark(f"{text}; {shell.loss_report(subscription, watch.name)}")
     if fail_on_loss and subscription.lost:
         return shell.LOST
-    return shell.TIMED_OUT if count is not None and shown < count else shell.OK
+    return shell.TIMED_OUT if count is not None and received < count else shell.OK

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 OUTPUT_PATIENCE = 1.0  # seconds that whoever reads our output has for the rest of it when we end
 GAPS_SHOWN = 20  # ranges in a report
-PEEK = 0.25  # how often a command that waits looks at what else has happened
+PEEK = 0.25  # seconds: how often a command that waits looks at what else has happened
+PAUSE_EVERY = 0.1  # seconds: how often output is let out while more and more comes
 
 # --- exit codes --------------------------------------------------------------------------------
 
@@ -272,20 +273,28 @@ class Watch:
 
 
 def messages(
-    subscription: Subscription, seconds: float | None, pause: Callable[[], object]
+    take: Callable[[float], Sequence[Message]], seconds: float | None, pause: Callable[[], object]
 ) -> Iterator[tuple[Message, float]]:
     """Messages as they come, each with the wall-clock time, for so many seconds.
 
-    `pause` is called whenever there are none at the moment, and a few times a second.
+    `take` returns some that are here, or come within a time. `pause` is called whenever there are none at the moment,
+    and a few times a second.
     """
     deadline = None if seconds is None else now() + seconds
-    while deadline is None or now() < deadline:
-        message = subscription.get(0)
-        if message is None:
+    pause_at = 0.0
+    while True:
+        time = now()
+        if deadline is not None and time >= deadline:
+            return
+        some = take(0.0)
+        if not some or time >= pause_at:
             pause()
-            message = subscription.get(PEEK if deadline is None else max(0.0, min(PEEK, deadline - now())))
-        if message is not None:
-            yield message, time_ns() / 1e9
+            pause_at = time + PAUSE_EVERY
+        if not some:
+            some = take(PEEK if deadline is None else max(0.0, min(PEEK, deadline - time)))
+        at = time_ns() / 1e9
+        for message in some:
+            yield message, at
 
 
 # --- saying what happened ----------------------------------------------------------------------

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from zmqbus.node.node import Subscription
     from zmqbus.protocol.message import Message
 
-QUEUE_MESSAGES_MAX = 50_000  # about a second of a fast bus
+QUEUE_MESSAGES_MAX = 100_000  # some 20 MB of small ones
 QUEUE_BYTES_MAX = 64 * 1024 * 1024
 REDRAW = 0.25  # seconds between two pictures of a live table
-FLUSH_EVERY = 0.1  # seconds, while messages keep coming
+TAKEN_MAX = 256  # at a time: a few milliseconds of printing
 
 # --- taking messages off the bus ---------------------------------------------------------------
 
@@ -53,21 +53,21 @@ class Drain:
         self._thread = Thread(target=self._run, name="zmqbus tap", daemon=True)
         self._thread.start()
 
-    def get(self, timeout: float) -> Message | None:
-        """The next message; None when there is none within `timeout` seconds. Raises what ended the subscription."""
-        while True:
-            try:
-                message, size = self._queue.popleft()
-            except IndexError:
-                pass
-            else:
-                self._bytes_out += size
-                return message
+    def take(self, timeout: float) -> list[Message]:
+        """Some messages; none when none come within `timeout` seconds. Raises what ended the subscription."""
+        queue = self._queue
+        if not queue:
             if self._error is not None:
                 raise self._error
             self._stirred.clear()
-            if not self._queue and not self._stirred.wait(timeout):
-                return None
+            if not queue:
+                self._stirred.wait(timeout)
+        some = []
+        for _ in range(min(len(queue), TAKEN_MAX)):
+            message, size = queue.popleft()
+            self._bytes_out += size
+            some.append(message)
+        return some
 
     @property
     def unseen(self) -> int:
@@ -360,31 +360,25 @@ def tap(
             view = Latest(render, watch, live=not as_json and template is None)
         else:
             view = Stream(render)
+
+        def pause() -> None:
+            view.pause()
+            watch.poll()
+
         looked_at = matched = 0
         silent = False
         try:
             try:
-                deadline = None if seconds is None else now() + seconds
-                flush_at = 0.0
-                while matched != count:
-                    time = now()
-                    if deadline is not None and time >= deadline:
-                        break
-                    if time >= flush_at:
-                        flush_at = time + FLUSH_EVERY
-                        view.pause()
-                        watch.poll()
-                    wait = flush_at - time if deadline is None else min(flush_at, deadline) - time
-                    message = drain.get(max(0.0, wait))
-                    if message is None:
-                        continue
+                for message, at in shell.messages(drain.take, seconds, pause):
                     looked_at += 1
                     if excluded is not None and excluded(message.topic):
                         continue
-                    fields = Fields(message, now=time_ns() / 1e9, node=watch.name(message.origin))
+                    fields = Fields(message, now=at, node=watch.name(message.origin))
                     if test is None or test(fields):
                         matched += 1
                         view.add(fields)
+                        if matched == count:
+                            break
             finally:
                 view.end()
         except BrokenPipeError:

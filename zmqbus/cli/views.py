@@ -169,7 +169,7 @@ def topics(bus: Bus, patterns: tuple[str, ...], as_json: bool, wait: float, time
 
 
 @click.command()
-@click.argument("file")
+@click.argument("file", type=click.Path())
 def keygen(file: str) -> None:
     """Create a bus key in FILE, readable by you alone. Whoever has a copy of it is a member of the bus."""
     from zmqbus.net.keys import BusKey

@@ -183,12 +183,14 @@ class Engine:
             self._loop,
             factory,
             origin=self.origin,
-            name=config.name,
             bus=config.bus,
-            epoch=time_ns(),
-            hostname=system.gethostname(),
-            pid=os.getpid(),
-            release=RELEASE,
+            who={
+                "name": config.name,
+                "epoch": time_ns(),
+                "host": system.gethostname(),
+                "pid": os.getpid(),
+                "release": RELEASE,
+            },
             interface=config.interface,
             seeds=config.peers,
             mdns=config.mdns,
@@ -241,7 +243,7 @@ class Engine:
 
     def _close_factory(self, done: asyncio.Future[None]) -> None:
         self._factory.close()  # waits for the linger
-        self._soon(done.set_result, None)
+        self.soon(done.set_result, None)
 
     def forked(self) -> None:
         """In a forked child: everything here is the parent's."""
@@ -263,7 +265,7 @@ class Engine:
 
     def _start_ticking(self) -> None:
         """From any thread: a burst has begun, or there is a backlog."""
-        self._soon(self._tick_later)
+        self.soon(self._tick_later)
 
     def _tick_later(self) -> None:
         if "tick" not in self._timers:
@@ -333,7 +335,7 @@ class Engine:
 
     def fetch(self, intake: Intake, fetches: Sequence[Fetch]) -> None:
         """Send these, and tell the intake what comes of it."""
-        self._soon(self._fetch, intake, fetches)
+        self.soon(self._fetch, intake, fetches)
 
     def _fetch(self, intake: Intake, fetches: Sequence[Fetch]) -> None:
         for asked in fetches:
@@ -367,14 +369,15 @@ class Engine:
 
     def settled(self, intake: Intake, origin: int) -> None:
         """A subscription has all that a leaving peer owed it."""
-        self._soon(self.peering.registry.settled, intake.number, origin)
+        self.soon(self.peering.registry.settled, intake.number, origin)
 
     def garbage(self, error: RemoteProtocolError) -> None:
         """A peer sent something undecodable."""
         self._counters["warnings"] += 1
         self.emit(Warned(str(error)))
 
-    def _soon(self, work: Callable[..., object], *arguments: object) -> None:
+    def soon(self, work: Callable[..., object], *arguments: object) -> None:
+        """Do this on the loop."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and so is the node
             self._loop.call_soon_threadsafe(work, *arguments)
 

@@ -26,6 +26,7 @@ from zmqbus.protocol.frames import DATA, EXTERNAL, HEAD, HEADER_BYTES, Batch, Va
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.tracking import SETTLED, Fetch, Gap, Tracker
 
+CALM = 0.1  # seconds without a message after which an empty socket is empty: not just waiting for the kernel
 GAPS_KEPT = 1000  # for a report at the end; the count of lost messages goes on
 
 
@@ -43,6 +44,9 @@ class Driver(Protocol):
 
     def garbage(self, error: RemoteProtocolError) -> None:
         """A peer sent something undecodable."""
+
+    def soon(self, work: Callable[[], object]) -> None:
+        """Do this on the engine's loop."""
 
 
 class Intake:
@@ -79,6 +83,8 @@ class Intake:
         self._decoder = ValueDecoder(value_type)
         self._raise_gaps = raise_gaps
         self._leaving: set[int] = set()
+        self._afterwards: list[Callable[[], object]] = []  # when the socket is empty, and stays so
+        self._calm_mark, self._calm_at = -1, 0.0
 
     # --- the engine's side -----------------------------------------------------------------------
 
@@ -123,8 +129,12 @@ class Intake:
         self.post(lambda: self.tracker.origin_gone(origin, now()))
 
     def forget(self, origin: int) -> None:
-        """A publisher will not come back."""
-        self.post(lambda: self.tracker.forget(origin))
+        """A publisher will not come back. What it sent and was received is delivered before."""
+        self.post(lambda: self._afterwards.append(lambda: self.tracker.forget(origin)))
+
+    def when_drained(self, work: Callable[[], object]) -> None:
+        """Do this on the engine's loop when all that the socket holds has been taken out of it."""
+        self.post(lambda: self._afterwards.append(lambda: self._driver.soon(work)))
 
     def close(self, reason: Exception | None = None) -> None:
         """No more messages. What is decoded already can still be consumed."""
@@ -186,7 +196,10 @@ class Intake:
                 elif kind == HEAD:
                     self.tracker.observe_head(frame[:cut], origin, first, now())
                     self._repair(drained=False)
+                else:
+                    self._drop_parts()
             except RemoteProtocolError as error:
+                self._drop_parts()
                 self._driver.garbage(error)
 
     def calm(self) -> None:
@@ -204,7 +217,8 @@ class Intake:
 
     def timer(self) -> float | None:
         """When to call `refill` again even if nothing arrives."""
-        return self.tracker.timer()
+        due = self.tracker.timer()
+        return due if not self._afterwards or (due is not None and due < self._calm_at) else self._calm_at
 
     # --- inside ----------------------------------------------------------------------------------
 
@@ -220,6 +234,13 @@ class Intake:
             for origin in [origin for origin in self._leaving if not self.tracker.behind(origin)]:
                 self._leaving.discard(origin)
                 self._driver.settled(self, origin)
+        if self._afterwards:
+            if self.messages != self._calm_mark:
+                self._calm_mark, self._calm_at = self.messages, now() + CALM
+            if now() >= self._calm_at:
+                afterwards, self._afterwards = self._afterwards, []
+                for work in afterwards:
+                    work()
         return bool(self.tracker.ready or self._inbox)
 
     def _repair(self, drained: bool) -> None:
@@ -296,7 +317,13 @@ class Intake:
         if not self.socket.get(RCVMORE):
             raise RemoteProtocolError("frame: the external value is missing")
         value: bytes = self.socket.recv(NOBLOCK)
+        self._drop_parts()
         return value
+
+    def _drop_parts(self) -> None:
+        """What follows a frame that is not understood is somebody's value, and not to be taken for a frame."""
+        while self.socket.get(RCVMORE):
+            self.socket.recv(NOBLOCK)
 
 
 class _Checked:

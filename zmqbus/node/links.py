@@ -141,7 +141,9 @@ class Link:
                 self._on_garbage(error)
                 continue
             stranger = isinstance(command.body, Error) and command.body.code == "hello"
-            if not self._answered(command.request, command) or stranger:  # by a reconnect: whatever was asked, HELLO first
+            if (
+                not self._answered(command.request, command) or stranger
+            ):  # by a reconnect: whatever was asked, HELLO first
                 self._on_command(self, command)
             if self._socket.closed:
                 return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 from zmqbus.errors import AuthError, RemoteProtocolError, SetupError
@@ -40,6 +41,7 @@ from zmqbus.protocol.peers import (
 
 HELLO_TIMEOUT = 10.0
 STALLED, CATCH_UP = 1.0, 0.25  # so late a timer means that nothing ran; then read what has arrived, first
+GUESTS_MAX = 8192  # who said HELLO: peers, and clients that only ask; the oldest has to say it again
 HEARTBEATS_MAX = 100_000  # unread frames on the control SUB: 4096 peers for 24 s
 ADDRESS_POLL = 2.0
 REFRESH_MIN, REFRESH_MAX = 30.0, 60.0  # how often to announce and browse anew
@@ -59,7 +61,7 @@ class Host(Streams, Protocol):
 
 
 class Peering:
-    """The peers of one node."""
+    """The peers of one node. `who` are the fields of HELLO that do not change: name, epoch, host, pid, release."""
 
     def __init__(
         self,
@@ -68,12 +70,8 @@ class Peering:
         factory: SocketFactory,
         *,
         origin: int,
-        name: str,
         bus: str,
-        epoch: int,
-        hostname: str,
-        pid: int,
-        release: str,
+        who: dict[str, Any],
         interface: str | None,
         seeds: Iterable[str],
         mdns: bool,
@@ -88,8 +86,8 @@ class Peering:
         self._factory = factory
         self._bus = bus
         self._inbox_port, self._pub_port = ports
-        self._who: dict[str, Any] = {"name": name, "epoch": epoch, "host": hostname, "pid": pid, "release": release}
-        self._membership = Membership(origin, name=name, seeds=seeds, jitter=random.random)
+        self._who = who
+        self._membership = Membership(origin, name=who["name"], seeds=seeds, jitter=random.random)
         self._dialled: dict[str, Link] = {}  # by endpoint
         self._pubs: dict[int, str] = {}  # which PUB of a peer our SUBs are connected to
         self._guests: dict[bytes, int] = {}  # by routing identity on our inbox
@@ -107,7 +105,7 @@ class Peering:
                 origin=origin,
                 inbox_port=self._inbox_port,
                 pub_port=self._pub_port,
-                epoch=epoch,
+                epoch=who["epoch"],
                 addresses=self._addresses.addresses,
                 on_found=self._found,
                 on_gone=lambda origin: None,  # anyone can forge a goodbye; heartbeats and BYE tell
@@ -166,7 +164,8 @@ class Peering:
                     if (link := self._dialled.get(endpoint)) is not None:
                         self._hello(link)
                 case HangUp(endpoint=endpoint):
-                    self._hang_up(endpoint)
+                    if (link := self._dialled.pop(endpoint, None)) is not None:
+                        self._drop(link)
                 case Forget(origin=origin):
                     self._forget(origin)
                 case PeerJoined(peer=peer):
@@ -219,11 +218,6 @@ class Peering:
         if link.origin is not None and self.links.get(link.origin) is link:
             del self.links[link.origin]
         link.close()
-
-    def _hang_up(self, endpoint: str) -> None:
-        link = self._dialled.pop(endpoint, None)
-        if link is not None:
-            self._drop(link)
 
     def _forget(self, origin: int) -> None:
         self._disconnect_pub(origin)
@@ -293,16 +287,17 @@ class Peering:
             self.inbox.answer(identity, commands.Error("bus", f"this is bus {self._bus!r}"), command.request)
             return
         if not body.version_min <= VERSION <= body.version_max:
-            self.inbox.answer(
-                identity,
-                commands.Error("version", f"this node speaks version {VERSION} only"),
-                command.request,
-            )
+            error = commands.Error("version", f"this node speaks version {VERSION} only")
+            self.inbox.answer(identity, error, command.request)
             return
         if body.origin != self.origin:
             for stale in [key for key, guest in self._guests.items() if guest == body.origin]:
                 del self._guests[stale]
             self._guests[identity] = body.origin
+            if len(self._guests) > GUESTS_MAX:
+                guest = self._guests.pop(next(iter(self._guests)))
+                if self._membership.state(guest) not in (State.SEEN, State.JOINED, State.LOST):
+                    self.registry.forget(guest)
         self.inbox.answer(identity, self._introduction(Welcome), command.request)
         self.registry.on_hello(identity, body.origin, command.request, body.subscriptions)
         endpoints = self._candidates(body)
@@ -397,8 +392,15 @@ class Peering:
         """The connection may be dead without a word: a SUB never sends, so that TCP has no cause to find it out."""
         pub = self._pubs.get(origin)
         if pub is not None:
-            self._disconnect_pub(origin)
-            self._connect_to_pub(origin, pub)
+            self._heartbeats.disconnect(pub)
+            self._heartbeats.connect(pub)
+            for intake in self._host.intakes.values():
+                intake.when_drained(partial(self._reconnect, intake, origin, pub))
+
+    def _reconnect(self, intake: Intake, origin: int, pub: str) -> None:
+        if self._pubs.get(origin) == pub:
+            intake.feed.disconnect(pub)
+            intake.feed.connect(pub)
 
     def _connect_to_pub(self, origin: int, pub: str) -> None:
         self._pubs[origin] = pub
@@ -411,7 +413,11 @@ class Peering:
         if pub is None or pub in self._pubs.values():
             return
         self._heartbeats.disconnect(pub)
-        for intake in self._host.intakes.values():
+        for intake in self._host.intakes.values():  # to disconnect is to drop what is received and not read
+            intake.when_drained(partial(self._disconnect, intake, pub))
+
+    def _disconnect(self, intake: Intake, pub: str) -> None:
+        if pub not in self._pubs.values():
             intake.feed.disconnect(pub)
 
     def _drain_control(self) -> bool:

@@ -242,13 +242,15 @@ class Registry:
             self._interests[origin].subscriptions[number] = earlier
             since = [(topic, earlier.heads.get(topic, 1)) for topic, _ in heads]
             for body in _heads(number, since, more=True):
-                self.inbox.answer(identity, body, request)
+                if not self.inbox.answer(identity, body, request):
+                    return
         else:
             registration = Registration(patterns, Matcher(patterns).matches, dict(heads))
             self._interests[origin].subscriptions[number] = registration
             self._loop.call_later(UNCONFIRMED, setattr, registration, "heads", None)
         for body in _heads(number, heads):
-            self.inbox.answer(identity, body, request)
+            if not self.inbox.answer(identity, body, request):
+                return  # all or nothing: what lacks a piece would pass for complete. It is asked again
 
     # --- leaving ---------------------------------------------------------------------------------
 
@@ -257,7 +259,7 @@ class Registry:
         waiting = {number for number, intake in self._intakes.items() if not intake.origin_leaving(origin)}
         self._leaving[origin] = (identity, request, waiting)
         if waiting:
-            self._loop.call_later(LEAVE_PATIENCE, self._leave, origin, identity)
+            self._loop.call_later(LEAVE_PATIENCE, self._leave, origin, identity, False)
         else:
             self._leave(origin, identity)
 
@@ -269,33 +271,34 @@ class Registry:
             if not waiting:
                 self._leave(origin, identity)
 
-    def _leave(self, origin: int, identity: bytes) -> None:
+    def _leave(self, origin: int, identity: bytes, settled: bool = True) -> None:
         leaving = self._leaving.get(origin)
         if leaving is not None and leaving[0] == identity:
             del self._leaving[origin]
-            self.inbox.answer(identity, commands.Bye(), leaving[1])
+            if settled:
+                self.inbox.answer(identity, commands.Bye(), leaving[1])
             self._gone(origin)
 
     async def leave(self, timeout: float) -> list[int]:
         """Say BYE to every peer; returns those whose subscriptions had not confirmed all within `timeout`."""
-        waiting: dict[int, asyncio.Future[None]] = {}
+        waiting: dict[int, asyncio.Future[bool]] = {}
         for origin, link in self._links.items():
             interest = self._interests.get(origin, Interest())
             for number, registration in interest.subscriptions.items():
                 for body in _heads(number, self._streams.heads(registration.patterns)):
                     link.send(body)
-            done: asyncio.Future[None] = self._loop.create_future()
+            done: asyncio.Future[bool] = self._loop.create_future()
             asked = link.ask(commands.Bye(), partial(_answered, done), timeout + 1)
             if asked and interest.subscriptions and self._joined(origin):
                 waiting[origin] = done
         if waiting:
             await asyncio.wait(waiting.values(), timeout=timeout)
-        return [origin for origin, done in waiting.items() if not done.done()]
+        return [origin for origin, done in waiting.items() if not done.done() or not done.result()]
 
 
-def _answered(done: asyncio.Future[None], command: Command | None) -> None:
-    if command is not None and not done.done():
-        done.set_result(None)
+def _answered(done: asyncio.Future[bool], command: Command | None) -> None:
+    if not done.done():
+        done.set_result(command is not None)  # None: it left, or cannot be reached, so that no answer will come
 
 
 def _heads(number: int, heads: list[tuple[bytes, int]], more: bool = False) -> list[commands.Heads]:

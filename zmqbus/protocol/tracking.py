@@ -156,7 +156,7 @@ class Tracker:
                 stream.tries = 0
             else:
                 self._hold(stream, batch)
-            self._review(stream, now)
+            self._review(stream, now, soft=stream.soft and not stream.held)
         elif batch.origin not in self._registered and (batch.topic, batch.origin) not in self.streams:
             self._keep_early(batch)
 
@@ -263,8 +263,10 @@ class Tracker:
         while self._parked and self._parked[0][0] <= now:
             due, _, stream = heappop(self._parked)
             if stream.place == PARKED and stream.due == due:
-                if stream.soft and not drained:
+                # Empty for a moment proves nothing while data still trickles in behind a queue that was full.
+                if stream.soft and not (drained and now >= stream.since + SOFT_DELAY):
                     self._park(stream, now + SOFT_DELAY)
+                    stream.soft = True
                 else:
                     self._enqueue(stream)
         out = []

@@ -62,7 +62,7 @@ def is_text(path: Path) -> bool:
     except OSError:
         return False
     except UnicodeDecodeError as error:
-        if error.start < len(sample) - 3:  # else a character that the sample cut in two
+        if error.reason != "unexpected end of data":  # the sample may end within a character
             return False
     return b"\n" in sample and b"\0" not in sample
 
