@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.lan.agents import AgentError, Agents, wait_exact, wait_until
+from tests.lan.agents import AgentError, Agents, needs_nft, wait_exact, wait_until
 from tests.netns import Host, Lan
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, needs_nft]
 
 COUNTERS = """
 table inet watch {

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.lan.agents import Agent, Agents, account, ranges, wait_exact, wait_until
-from tests.netns import Host, Lan
+from tests.lan.agents import Agent, Agents, account, needs_nft, ranges, wait_exact, wait_until
+from tests.netns import Lan
 from zmqbus import BusKey
 
 pytestmark = pytest.mark.netns
@@ -106,6 +106,7 @@ def test_one_seed_is_enough_for_everyone_to_find_everyone(bus: str, key: str) ->
         meet(nodes)
 
 
+@needs_nft
 def test_a_lan_that_drops_multicast_needs_one_seed(bus: str, key: str) -> None:
     with Lan(hosts=3) as lan, Agents() as agents:
         for host in lan.hosts:

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from tests.lan.agents import Agents, ranges, wait_exact, wait_until
+from tests.lan.agents import Agents, needs_nft, ranges, wait_exact, wait_until
 from tests.netns import Host, Lan
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, needs_nft]
 
 LOSS = """
 table inet loss {

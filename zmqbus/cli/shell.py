@@ -337,7 +337,7 @@ def make_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Tabl
 
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for heading, right in columns:
-        table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=right)
+        table.add_column(heading, justify="right" if right else "left", overflow="fold", min_width=len(heading))
     for row in rows:
         table.add_row(*map(Text, row))  # not markup: these are texts of peers
     return table

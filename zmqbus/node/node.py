@@ -15,6 +15,7 @@ import select
 import threading
 import weakref
 from collections.abc import Coroutine, Iterator, Sequence
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -218,7 +219,7 @@ class Node:
         if self._engine.refusal is not None:
             raise self._engine.refusal
         self._engine.outlet.flush_all()
-        self._engine.outlet.make_room()
+        self._engine.outlet.make_room(inf if timeout is None else timeout)
 
     # --- subscribe -------------------------------------------------------------------------------
 

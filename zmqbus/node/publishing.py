@@ -379,9 +379,10 @@ class Outlet:
                 return True
             return False
 
-    def make_room(self) -> None:
+    def make_room(self, timeout: float = inf) -> None:
         """Wait, for no longer than PATIENCE, until the backlog is sent. In asyncio a caller awaits that instead."""
-        while self._pace != TURN and not self.push():
+        deadline = now() + timeout
+        while self._pace != TURN and not self.push() and now() < deadline:
             sleep(TICK / 2)
 
     def push(self) -> bool:
@@ -391,22 +392,19 @@ class Outlet:
             return not self.backlog
 
     def _push(self, time: float) -> None:
-        lossy = time - self._stalled_at > PATIENCE or time < self._no_patience_until
-        try:
-            if lossy:
-                self._socket.set(XPUB_NODROP, 0)
-                if time >= self._no_patience_until:
-                    recent = time - self._no_patience_until < 2 * GRUDGE_MAX
-                    self._grudge = min(GRUDGE_MAX, self._grudge * 2) if recent else GRUDGE_MIN
-                    self._no_patience_until = time + self._grudge
+        if self.backlog and (time - self._stalled_at > PATIENCE or time < self._no_patience_until):
+            if time >= self._no_patience_until:
+                recent = time - self._no_patience_until < 2 * GRUDGE_MAX
+                self._grudge = min(GRUDGE_MAX, self._grudge * 2) if recent else GRUDGE_MIN
+                self._no_patience_until = time + self._grudge
+            self._socket.set(XPUB_NODROP, 0)
+            self._send(self.backlog.popleft())  # one frame is enough: whoever is full misses it, and counts itself out
+            self._socket.set(XPUB_NODROP, 1)
+            self._stalled_at = time
+        with suppress(Again):
             while self.backlog:
                 self._send(self.backlog[0])
                 self.backlog.popleft()
-        except Again:
-            pass
-        finally:
-            if lossy:
-                self._socket.set(XPUB_NODROP, 1)
 
     def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
         """For HEADS: of each stream that fits, topic and the next seq to be sent."""

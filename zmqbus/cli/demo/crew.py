@@ -1,13 +1,15 @@
 """The crew of the demo: the processes that ship and follow, and the one who starts them and listens.
 
 Each member is a process of its own with one node. It reports facts over a pipe, as dicts, and is told what to do next,
-as tuples: ("meet", others), ("rate", per second), ("spike",), ("where",), ("stop",), ("finish", heads).
+as tuples: ("meet", others), ("rate", per second), ("spike",), ("where",), ("stop",),
+("guard", process ids …), ("finish", heads).
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -63,6 +65,18 @@ def _member(pipe: Connection, bus: str, name: str) -> Iterator[Node]:
     except Exception as error:
         with contextlib.suppress(OSError):
             pipe.send({"failed": f"{type(error).__name__}: {error}"})
+
+
+@contextlib.contextmanager
+def _guard() -> Iterator[list[int]]:
+    """Stopped processes, which would stay for ever if the director vanished: then, they are ended."""
+    wards: list[int] = []
+    try:
+        yield wards
+    except (EOFError, ConnectionError):
+        for process in wards:
+            os.kill(process, signal.SIGKILL)
+        raise
 
 
 def ship(pipe: Connection, bus: str, name: str, topic: str, path: Path) -> None:
@@ -129,7 +143,7 @@ class Seen:
 
 def follow(pipe: Connection, bus: str, name: str, history: int) -> None:
     """Take in everything, and report on it, until told how much there was."""
-    with _member(pipe, bus, name) as node:
+    with _member(pipe, bus, name) as node, _guard() as wards:
         _, others = pipe.recv()
         node.wait_for_peers(others, START_TIMEOUT)
         subscription = node.subscribe("logs.>", history=history)
@@ -153,9 +167,11 @@ def follow(pipe: Connection, bus: str, name: str, history: int) -> None:
             if now() >= report_at:
                 report_at = now() + REPORT
                 pipe.send(_facts(streams, subscription))
-            if heads is None and pipe.poll():
-                _, heads = pipe.recv()
-                heard_at = now()
+            match pipe.recv() if pipe.poll() else None:
+                case ("guard", *processes):
+                    wards[:] = processes
+                case ("finish", heads):
+                    heard_at = now()
         ranges = [(gap.topic, gap.origin, gap.first, gap.last) for gap in subscription.gaps]
         per_stream = {key: (seen.first, seen.received, seen.disorder) for key, seen in streams.items()}
         pipe.send(_facts(streams, subscription) | {"streams": per_stream, "gaps": ranges, "seconds": heard_at - began})
@@ -217,11 +233,20 @@ class Crew:
         while (rest := until - now()) > 0:
             self._take_in(rest)
 
-    def until(self, condition: Callable[[], bool], timeout: float) -> None:
-        """Take in facts until this is so; or not for longer than this."""
+    def until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Take in facts until this is so. False: it was not within `timeout` seconds."""
         until = now() + timeout
         while not condition() and now() < until:
             self._take_in(REPORT)
+        return condition()
+
+    def ask(self, actors: Sequence[Actor], question: str, timeout: float) -> list[Any]:
+        """What they answer now."""
+        for actor in actors:
+            actor.facts.pop(question, None)
+        self.tell(actors, question)
+        self.expect(actors, question, timeout)
+        return [actor.facts[question] for actor in actors]
 
     def expect(self, actors: Sequence[Actor], fact: str, timeout: float) -> None:
         """Take in facts until all of them have reported this one."""
