@@ -60,7 +60,7 @@ def common(command: Callable[..., list[Table]]) -> Callable[..., None]:
             click.echo(report.as_markdown(tables, facts))
         else:
             console = Console()
-            report.show(console if console.is_terminal else Console(width=160), tables, facts)
+            report.show(console if console.is_terminal else Console(width=200), tables, facts)
         if check and any(line.passed is False for table in tables for line in table.lines):
             raise SystemExit(1)
 

@@ -77,7 +77,12 @@ def raw_async_sender(parent: Parent, size: int, count: int, bounded: bool) -> No
             value = bytes(size)
             used, start = cpu_s(), perf_counter()
             for _ in range(count):
-                await socket.send(value)
+                while True:
+                    try:
+                        await socket.send(value)
+                        break
+                    except zmq.Again:  # bounded, and full: a PUB always claims that it can send, so there is no waiting
+                        await asyncio.sleep(0.0005)
             parent.tell(seconds=perf_counter() - start)
             await asyncio.to_thread(parent.hear)
             parent.tell(cpu_s=cpu_s() - used)

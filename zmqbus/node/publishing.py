@@ -179,7 +179,11 @@ class Publisher:
         """A message was stored: see to it that it is sent."""
         out = self._out
         with out.lock:
-            if seq >= self._full or self._size >= BATCH_BYTES_MAX or self._externals:
+            if out._pace == EAGER and seq == self._flushed + 1 and len(self._values) == 1 and not self._externals:
+                self._send_batch(seq, [self._values.pop(seq)])  # at low rates, and what a round trip waits for
+                self._size = 0
+                self._full = seq + BATCH_MESSAGES_MAX
+            elif seq >= self._full or self._size >= BATCH_BYTES_MAX or self._externals:
                 self.flush()
             if self._values and not self.dirty:
                 out.urge(self)

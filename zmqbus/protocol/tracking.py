@@ -258,6 +258,8 @@ class Tracker:
 
     def repairs(self, now: float, drained: bool) -> list[Fetch]:
         """Fetches to send now; holes that nobody can fill become `ready`. `drained`: the live socket is empty."""
+        if not self._unsettled:
+            return []
         for stream in [s for s in self._asked if s.due <= now]:
             self._failed(stream, now)
         while self._parked and self._parked[0][0] <= now:
@@ -278,6 +280,8 @@ class Tracker:
 
     def timer(self) -> float | None:
         """When `repairs` has something to do next, if nothing happens before; 0 is at once."""
+        if not self._unsettled:
+            return None
         if self._queue and len(self._asked) < FETCHES_MAX:
             return 0.0
         dues = [stream.due for stream in self._asked]
