@@ -30,12 +30,13 @@ from zmqbus.net.clock import now, time_ns
 from zmqbus.net.discovery import check_bus
 from zmqbus.net.interfaces import is_loopback, resolve_interface
 from zmqbus.net.keys import BusKey
-from zmqbus.net.sockets import NO_KEY, SocketFactory, parse_endpoint
+from zmqbus.net.sockets import NO_KEY, Socket, SocketFactory, parse_endpoint
+from zmqbus.net.waker import Waker
 from zmqbus.net.zap import ZapHandler, stranger_is_refused
 from zmqbus.node import RELEASE
 from zmqbus.node.events import Event, TopicInfo, Undelivered, Warned
 from zmqbus.node.intake import Intake
-from zmqbus.node.links import Feed, Inbox
+from zmqbus.node.links import Broadcast, Feed, Gate, Inbox
 from zmqbus.node.peering import Peering
 from zmqbus.node.publishing import STREAMS_MAX, TICK, Outlet
 from zmqbus.protocol import commands
@@ -172,8 +173,9 @@ class Engine:
         inbox_port = parse_endpoint(factory.bind(router, host))[1]
         pub_port = parse_endpoint(factory.bind(pub, host))[1]
         self._own_pub = factory.bind_inproc(pub, f"pub-{self.origin:016x}")
-        self.outlet = Outlet(pub, self.origin, config.history_bytes, self._in_turns)
-        self.outlet.start_ticking = self._start_ticking
+        self._waker = Waker(factory, f"waker-{self.origin:016x}")
+        broadcast = Broadcast(pub, self._start_ticking)
+        self.outlet = Outlet(broadcast, self.origin, config.history_bytes, self._start_ticking, self._in_turns)
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
             await stranger_is_refused(factory, config.key, f"tcp://{probe}:{inbox_port}", "inbox")
@@ -208,13 +210,13 @@ class Engine:
             return []
         self.refusal = NodeClosed(f"node {self.config.name!r} is closed")
         outlet = self.outlet
+        outlet.refuse(self.refusal)
         outlet.flush_all()
         deadline = now() + timeout
         while not outlet.push() and now() < deadline:
             await asyncio.sleep(TICK)
         late = await self.peering.registry.leave(max(0.0, deadline - now()))
         undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
-        outlet.refuse(self.refusal)
         for intake in list(self.intakes.values()):
             intake.close(self.refusal)
         await self._shut()
@@ -250,7 +252,7 @@ class Engine:
         self.refusal = ForkedProcess()
         self.outlet.refuse(self.refusal)
         for intake in self.intakes.values():
-            intake.close(self.refusal)
+            intake.forked(self.refusal)
 
     # --- timers ----------------------------------------------------------------------------------
 
@@ -284,10 +286,13 @@ class Engine:
         *,
         value_type: Any,
         history: int,
-        raise_gaps: bool,
-        wake: Callable[[], None],
+        on_gap: str,
+        wake: Callable[[], None] | None = None,
     ) -> Intake:
-        """Open a subscription; done when every known publisher has registered it."""
+        """Open a subscription; done when every known publisher has registered it.
+
+        `wake`: to be called when there is something to do. None: its consumer sleeps in the socket.
+        """
         if not patterns:
             raise TopicError("", "give at least one pattern; '>' is everything")
         if len(patterns) > PATTERNS_MAX or len(self.intakes) >= SUBSCRIPTIONS_MAX:
@@ -296,23 +301,25 @@ class Engine:
             )
         for pattern in patterns:
             check_pattern(pattern)
-        if history < 0:
-            raise SetupError(f"history={history}: use 0 or more")
+        if not isinstance(history, int) or history < 0:
+            raise SetupError(f"history={history!r}: use a whole number, 0 or more")
+        if on_gap not in ("skip", "raise"):
+            raise SetupError(f"on_gap={on_gap!r}: use 'skip' or 'raise'")
         socket = self._factory.sub(FRAMES_QUEUED)
         for prefix in covering_prefixes(patterns):
             socket.subscribe(prefix)
         self._numbers += 1
         registry = self.peering.registry
+        gate = Gate(wake) if wake is not None else self._gate(socket, self._numbers)
         intake = Intake(
             self._numbers,
             patterns,
-            Feed(self._factory, self._loop, socket, wake, registry.changed),
+            Feed(self._factory, self._loop, socket, gate, registry.changed),
             self,
             self._sources,
             value_type=value_type,
             history=history,
-            raise_gaps=raise_gaps,
-            wake=wake,
+            raise_gaps=on_gap == "raise",
         )
         self.intakes[intake.number] = intake
         intake.feed.connect(self._own_pub)
@@ -321,7 +328,17 @@ class Engine:
         await registry.until(lambda: registry.registered(intake), REGISTER_TIMEOUT)
         return intake
 
+    def _gate(self, socket: Socket, number: int) -> Gate:
+        """To a socket that its reader sleeps in."""
+        self._waker.attach(socket, number)
+        gate = Gate(lambda: self._waker.wake(number) if gate.asleep else None)
+        return gate
+
     async def unsubscribe(self, intake: Intake) -> None:
+        """Close a subscription."""
+        self.dispose(intake)
+
+    def dispose(self, intake: Intake) -> None:
         """Close a subscription."""
         if self.intakes.pop(intake.number, None) is not None:
             self.peering.registry.withdraw(intake.number)
@@ -445,7 +462,7 @@ class Engine:
             "frames_sent": outlet.frames,
             "bytes_published": outlet.bytes,
             "history_bytes": outlet.history.bytes,
-            "subscriber_stalls": outlet.stalls,
+            "subscriber_stalls": outlet.broadcast.stalls,
             "messages_received": sum(intake.messages for intake in self.intakes.values()),
             "messages_repaired": sum(tracker.repaired for tracker in trackers),
             "messages_lost": sum(tracker.lost for tracker in trackers),
