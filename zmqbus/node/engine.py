@@ -13,6 +13,7 @@ import os
 import secrets
 import socket as system
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple, Protocol
@@ -30,8 +31,8 @@ from zmqbus.net.clock import now, time_ns
 from zmqbus.net.discovery import check_bus
 from zmqbus.net.interfaces import is_loopback, resolve_interface
 from zmqbus.net.keys import BusKey
-from zmqbus.net.sockets import NO_KEY, SocketFactory, parse_endpoint
-from zmqbus.net.zap import ZapHandler, stranger_is_refused
+from zmqbus.net.sockets import EVENTS, NO_KEY, SocketFactory, parse_endpoint
+from zmqbus.net.zap import ZapHandler, strangers_are_refused
 from zmqbus.node import RELEASE
 from zmqbus.node.events import Event, TopicInfo, Undelivered, Warned
 from zmqbus.node.intake import Intake
@@ -171,13 +172,14 @@ class Engine:
         router, pub = factory.router(frame_bytes_max=COMMAND_BYTES_MAX), factory.pub(FRAMES_QUEUED)
         inbox_port = parse_endpoint(factory.bind(router, host))[1]
         pub_port = parse_endpoint(factory.bind(pub, host))[1]
-        self._own_pub = factory.bind_inproc(pub, f"pub-{self.origin:016x}")
+        self._pub, self._own_pub = pub, factory.bind_inproc(pub, f"pub-{self.origin:016x}")
         self.outlet = Outlet(pub, self.origin, config.history_bytes, self._in_turns)
         self.outlet.start_ticking = self._start_ticking
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
-            await stranger_is_refused(factory, config.key, f"tcp://{probe}:{inbox_port}", "inbox")
-            await stranger_is_refused(factory, config.key, f"tcp://{probe}:{pub_port}", "pub")
+            await strangers_are_refused(
+                factory, config.key, {"inbox": f"tcp://{probe}:{inbox_port}", "pub": f"tcp://{probe}:{pub_port}"}
+            )
         self.peering = Peering(
             self,
             self._loop,
@@ -306,7 +308,7 @@ class Engine:
         intake = Intake(
             self._numbers,
             patterns,
-            Feed(self._factory, self._loop, socket, wake, registry.changed),
+            Feed(self._factory, self._loop, socket, wake, partial(registry.attached, self._numbers)),
             self,
             self._sources,
             value_type=value_type,
@@ -386,6 +388,16 @@ class Engine:
     def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
         """Topic and next seq of our streams that fit."""
         return self.outlet.heads(patterns)
+
+    def remind(self, topics: list[bytes]) -> None:
+        """Send the HEADs of these streams of ours, for a subscriber whose SUB has just been connected."""
+        if self.refusal is not None:
+            return
+        with self.outlet.lock:
+            self._pub.get(EVENTS)  # takes newly connected SUBs in; `send` alone does that once in a millisecond
+            for topic in topics:
+                if (publisher := self.outlet.publishers.get(topic.decode())) is not None:
+                    publisher.send_head()
 
     def serve(self, identity: bytes, command: Command) -> None:
         """Commands that are not about peering."""

@@ -22,6 +22,7 @@ from zmqbus.protocol.topics import Matcher
 
 ASK_AGAIN = 1.0  # seconds after which an unanswered SUBSCRIBE is repeated
 UNCONFIRMED = 30.0  # for so long a repeated SUBSCRIBE is owed from the first: its answer may not have arrived
+REMINDED_MAX = 64  # HEADs on the PUB for one repeated SUBSCRIBE; further streams' come when they fall idle
 LEAVE_PATIENCE = 5.0  # a leaving peer is not kept in mind longer than this; it waits less itself
 
 
@@ -30,6 +31,9 @@ class Streams(Protocol):
 
     def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
         """Topic and next seq of those that fit."""
+
+    def remind(self, topics: list[bytes]) -> None:
+        """Send the HEADs of these on the PUB, behind what was sent."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +87,7 @@ class Registry:
         self._gone = gone
         self._interests: dict[int, Interest] = {origin: Interest()}
         self._asked_at: dict[tuple[int, int], float] = {}  # (origin, number): asked, and HEADS not complete
+        self._attached: dict[int, set[str]] = {}  # by number: the PUBs that were connected at the last look
         self._leaving: dict[int, tuple[bytes, int, set[int]]] = {}  # BYE: identity, request, intakes to wait for
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
@@ -134,8 +139,25 @@ class Registry:
             if self._joined(origin)
         )
 
+    def attached(self, number: int) -> None:
+        """A subscription's SUB is connected to one more PUB: ask what it missed while it was not.
+
+        Otherwise only the HEAD of an idle stream would tell, 100 to 200 ms later, and that is what a newcomer would
+        wait for its first message.
+        """
+        intake = self._intakes.get(number)
+        if intake is not None:
+            present = set(intake.feed.attached)
+            fresh = present - self._attached.get(number, set())
+            self._attached[number] = present
+            for link in self._links.values():
+                if link.pub in fresh:
+                    self.subscribe(link, intake)
+        self.changed()
+
     def withdraw(self, number: int) -> None:
         """A subscription is closed."""
+        self._attached.pop(number, None)
         self._interests[self._origin].subscriptions.pop(number, None)
         for origin, link in self._links.items():
             self._asked_at.pop((origin, number), None)
@@ -240,7 +262,9 @@ class Registry:
         heads = self._streams.heads(patterns)
         if earlier is not None and earlier.heads is not None and earlier.patterns == patterns:
             self._interests[origin].subscriptions[number] = earlier
-            since = [(topic, earlier.heads.get(topic, 1)) for topic, _ in heads]
+            then = earlier.heads
+            since = [(topic, then.get(topic, 1)) for topic, following in heads if then.get(topic, 1) != following]
+            self._streams.remind([topic for topic, _ in since[:REMINDED_MAX]])
             for body in _heads(number, since, more=True):
                 if not self.inbox.answer(identity, body, request):
                     return
