@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from zmqbus.errors import (
     ForkedProcess,
@@ -34,7 +34,7 @@ from zmqbus.net.keys import BusKey
 from zmqbus.net.sockets import EVENTS, NO_KEY, SocketFactory, parse_endpoint
 from zmqbus.net.zap import ZapHandler, strangers_are_refused
 from zmqbus.node import RELEASE
-from zmqbus.node.events import Event, TopicInfo, Undelivered, Warned
+from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
 from zmqbus.node.intake import Intake
 from zmqbus.node.links import Feed, Inbox
 from zmqbus.node.peering import Peering
@@ -115,16 +115,6 @@ class Config(NamedTuple):
         return cls(name, bus, key, interface, tuple(peers), discovery != "static", size)
 
 
-class Listener(Protocol):
-    """Who is told of events, from any thread."""
-
-    def put(self, event: Event) -> None:
-        """Something happened."""
-
-    def close(self) -> None:
-        """The node is closed."""
-
-
 class Engine:
     """The control side of one node."""
 
@@ -143,7 +133,7 @@ class Engine:
         self._factory = SocketFactory(config.key)
         self._zap: ZapHandler | None = None
         self._inbox: Inbox | None = None
-        self._listeners: tuple[Listener, ...] = ()
+        self._listeners = Listeners()
         self._numbers = 0
         self._heartbeats = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -220,7 +210,7 @@ class Engine:
         for intake in list(self.intakes.values()):
             intake.close(self.refusal)
         await self._shut()
-        for listener in self._listeners:
+        for listener in self._listeners.present:
             listener.close()
         return undelivered
 
@@ -494,14 +484,13 @@ class Engine:
     # --- events, from any thread -----------------------------------------------------------------
 
     def add_listener(self, listener: Listener) -> None:
-        """Tell it of every event from now on."""
-        self._listeners = (*self._listeners, listener)
+        """Tell it of every event from now on; if it is the first, also of the first warnings."""
+        self._listeners.add(listener)
 
     def forget_listener(self, listener: Listener) -> None:
         """No longer."""
-        self._listeners = tuple(other for other in self._listeners if other is not listener)
+        self._listeners.forget(listener)
 
     def emit(self, event: Event) -> None:
         """Tell every listener."""
-        for listener in self._listeners:
-            listener.put(event)
+        self._listeners.emit(event)
