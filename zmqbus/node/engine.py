@@ -49,7 +49,7 @@ from zmqbus.protocol.tracking import Fetch, Gap
 
 HEARTBEAT_PERIOD = 1.0
 IDLE_PERIOD = 0.1  # how often to look for streams that fell idle, whose HEAD is due
-REGISTER_TIMEOUT = 3.0  # `subscribe` waits no longer for peers that do not answer
+REGISTER_TIMEOUT = 8.0  # `subscribe` waits no longer for those who do not answer; silent, they are lost after 5
 FETCH_TIMEOUT = 20.0  # after this an answer is of no use to the tracker any more
 COMMAND_BYTES_MAX = BODY_BYTES_MAX + 4096  # what the inbox takes: also from a stranger, before it is refused
 # Frames queued for a subscriber, and by it: 4 MiB of full batches on either side, and the kernel holds more. Not
@@ -310,7 +310,10 @@ class Engine:
         intake.feed.connect(self._own_pub)
         intake.heads(self.origin, self.heads(intake.patterns), more=False)
         self.peering.connect(intake)
-        await registry.until(lambda: registry.registered(intake), REGISTER_TIMEOUT)
+        if not await registry.until(lambda: not registry.unregistered(intake), REGISTER_TIMEOUT):
+            late = registry.unregistered(intake)
+            names = ", ".join(peer.name for peer in self.peering.peers() if peer.origin in late)
+            self.emit(Warned(f"no answer to SUBSCRIBE {' '.join(patterns[:5])} within {REGISTER_TIMEOUT:g} s: {names}"))
         return intake
 
     async def unsubscribe(self, intake: Intake) -> None:

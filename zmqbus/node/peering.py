@@ -80,14 +80,16 @@ class Peering:
         self.origin = origin
         self.inbox: Inbox  # set when the node opens
         self.links: dict[int, Link] = {}  # by origin: peers that answered
-        self.registry = Registry(origin, loop, host, self.links, host.intakes, self.joined, self._took_leave)
         self._host = host
         self._loop = loop
         self._factory = factory
         self._bus = bus
         self._inbox_port, self._pub_port = ports
         self._who = who
-        self._membership = Membership(origin, name=who["name"], seeds=seeds, jitter=random.random)
+        self._membership = members = Membership(origin, name=who["name"], seeds=seeds, jitter=random.random)
+        self.registry = Registry(
+            origin, loop, host, self.links, host.intakes, lambda: members.joined, self.joined, self._took_leave
+        )
         self._dialled: dict[str, Link] = {}  # by endpoint
         self._pubs: dict[int, str] = {}  # which PUB of a peer our SUBs are connected to
         self._guests: dict[bytes, int] = {}  # by routing identity on our inbox

@@ -63,7 +63,8 @@ class Registry:
     Args:
         links: the ways to peers, by origin.
         intakes: our subscriptions, by number. Both are their owners' and only read here.
-        joined: whether a peer is there now.
+        members: the joined peers.
+        joined: whether a peer is one of them, and can be asked now.
         gone: told when a leaving peer has taken its leave.
     """
 
@@ -74,6 +75,7 @@ class Registry:
         streams: Streams,
         links: dict[int, Link],
         intakes: dict[int, Intake],
+        members: Callable[[], list[int]],
         joined: Callable[[int], bool],
         gone: Callable[[int], None],
     ) -> None:
@@ -83,6 +85,7 @@ class Registry:
         self._streams = streams
         self._links = links
         self._intakes = intakes
+        self._members = members
         self._joined = joined
         self._gone = gone
         self._interests: dict[int, Interest] = {origin: Interest()}
@@ -131,13 +134,15 @@ class Registry:
             self.subscribe(link, intake)
         self.changed()
 
-    def registered(self, intake: Intake) -> bool:
-        """Whether every peer that can be reached has answered with all its HEADS, and its PUB is connected."""
-        return all(
-            intake.tracker.knows(origin) and link.pub in intake.feed.attached
-            for origin, link in self._links.items()
-            if self._joined(origin)
-        )
+    def unregistered(self, intake: Intake) -> list[int]:
+        """The joined peers that have not answered with all their HEADS, or whose PUB is not connected."""
+        return [
+            origin
+            for origin in self._members()
+            if (link := self._links.get(origin)) is None
+            or not intake.tracker.knows(origin)
+            or link.pub not in intake.feed.attached
+        ]
 
     def attached(self, number: int) -> None:
         """A subscription's SUB is connected to one more PUB: ask what it missed while it was not.
