@@ -419,3 +419,20 @@ async def test_self_test_is_bounded_when_nobody_decides(handler, monkeypatch):
 async def test_self_test_needs_a_key():
     with closing(SocketFactory(None)) as factory, pytest.raises(AuthError, match="without a bus key"):
         await strangers_are_refused(factory, KEY, {"inbox": "tcp://127.0.0.1:5555"})
+
+
+@on_loop
+async def test_self_test_says_at_once_that_loopback_is_down(monkeypatch):
+    monkeypatch.setattr(zap, "loopback_is_up", lambda: False)
+    with closing(House("inbox", "running")) as house, pytest.raises(SetupError, match="loopback is down"):
+        await strangers_are_refused(house.factory, KEY, {"inbox": house.endpoint})
+
+
+@on_loop
+async def test_self_test_of_two_endpoints_names_the_one_that_fails():
+    with (
+        closing(House("pub", "running")) as house,
+        closing(CarelessServer(curve=True)) as server,
+        pytest.raises(AuthError, match=rf"{server.endpoint} failed: a stranger with a key of its own was let in"),
+    ):
+        await strangers_are_refused(house.factory, KEY, {"pub": house.endpoint, "inbox": server.endpoint})

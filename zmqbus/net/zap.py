@@ -21,8 +21,9 @@ from collections.abc import Mapping, Sequence
 import zmq
 from zmq.utils import z85
 
-from zmqbus.errors import AuthError
+from zmqbus.errors import AuthError, SetupError
 from zmqbus.net.adapter import FdWatch
+from zmqbus.net.interfaces import loopback_is_up
 from zmqbus.net.keys import BusKey, CurvePair
 from zmqbus.net.sockets import ZAP_DOMAIN, Role, Socket, SocketFactory, parse_monitor
 
@@ -125,8 +126,14 @@ async def strangers_are_refused(factory: SocketFactory, key: BusKey, endpoints: 
     knows our public server key, and a member. The roles say which of our sockets it is: "inbox" (ROUTER) or "pub"
     (PUB). Their ZAP handler must be running, on this loop if it is ours. Takes about 5 ms.
 
-    Raises AuthError when a stranger is let in, when the member is not, or when there is no verdict within 3 s.
+    Raises AuthError when a stranger is let in, when the member is not, or when there is no verdict within 3 s; and
+    SetupError when loopback is down, by which even a machine's other addresses reach itself.
     """
+    if not loopback_is_up():
+        raise SetupError(
+            "loopback is down, and without it a node cannot prove that it keeps strangers out (switch it on: ip link "
+            "set lo up)"
+        )
     callers: tuple[tuple[str, CurvePair | None, bool], ...] = (
         ("a stranger without a key", None, False),
         ("a stranger with a key of its own", CurvePair(*zmq.curve_keypair()), False),
