@@ -33,7 +33,7 @@ from zmqbus.net import discovery, mdns
 from zmqbus.net.keys import BusKey
 from zmqbus.protocol import commands, frames
 from zmqbus.protocol.commands import BODIES, ENVELOPE, Body, decode_command, encode_command
-from zmqbus.protocol.frames import DATA, EXTERNAL, HEAD, HEADERS, HEARTBEAT, RAW, ValueDecoder, encode_frame
+from zmqbus.protocol.frames import BALLAST, DATA, EXTERNAL, HEAD, HEADERS, HEARTBEAT, RAW, ValueDecoder, encode_frame
 from zmqbus.protocol.membership import Membership
 from zmqbus.protocol.topics import encode_topic, subscription_prefix
 
@@ -111,7 +111,7 @@ def test_frames_on_the_page_are_what_is_sent(name: str) -> None:
 def test_kinds_and_flags() -> None:
     text = section("PUB frames")
     kinds = {row[1].strip("`"): int(row[0]) for row in rows(text, "kind")}
-    assert kinds == {"DATA": DATA, "HEAD": HEAD, "HEARTBEAT": HEARTBEAT}
+    assert kinds == {"DATA": DATA, "HEAD": HEAD, "HEARTBEAT": HEARTBEAT, "BALLAST": BALLAST}
     described = {int(row[0]): row[1] for row in rows(text, "flags")}
     assert described == {
         0: "",
@@ -257,7 +257,7 @@ def test_every_error_code() -> None:
 # --- numbers and names -------------------------------------------------------------------------
 
 MODULES = {
-    **dict.fromkeys(("topics", "frames", "commands", "history", "tracking", "membership", "peers"), "protocol"),
+    **dict.fromkeys(("topics", "frames", "commands", "history", "ring", "tracking", "membership", "peers"), "protocol"),
     **dict.fromkeys(("publishing", "engine", "peering", "registry"), "node"),
     **dict.fromkeys(("discovery", "sockets", "keys"), "net"),
 }
@@ -277,7 +277,7 @@ def test_every_number(name: str) -> None:
 @pytest.mark.parametrize("module", [frames, commands])
 def test_no_constant_of_the_wire_is_missing(module: Any) -> None:
     short = module.__name__.rpartition(".")[2]
-    shown_as_kind_or_flag = {"DATA", "HEAD", "HEARTBEAT", "HEADERS", "EXTERNAL", "RAW"}
+    shown_as_kind_or_flag = {"DATA", "HEAD", "HEARTBEAT", "BALLAST", "HEADERS", "EXTERNAL", "RAW"}
     for name, value in vars(module).items():
         if name.isupper() and not name.startswith("_") and isinstance(value, int) and name not in shown_as_kind_or_flag:
             assert f"{short}.{name}" in NUMBERS or f"frames.{name}" in NUMBERS, name

@@ -273,10 +273,11 @@ def test_publishing_from_many_threads_keeps_each_streams_order(pair: tuple[zmqbu
 
 def test_close_is_bounded_and_names_who_did_not_confirm(pair: tuple[zmqbus.Node, zmqbus.Node]) -> None:
     a, b = pair
-    b.subscribe("never.consumed")
+    subscription = b.subscribe("never.consumed")
     a.wait_for_subscribers("never.consumed", 1, 5)
     a.publish("never.consumed", 1)
     undelivered = a.close(timeout=0.2)
+    assert subscription.get(5) is not None
     assert [(late.peer, late.origin) for late in undelivered] == [(b.name, b.origin)]
     assert a.close() == []
     with pytest.raises(zmqbus.NodeClosed):
@@ -359,17 +360,17 @@ with zmqbus.Node("slow", bus={bus!r}) as node, node.subscribe("load") as subscri
 
 def lose_next(node: zmqbus.Node, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the wire swallow what the node sends next."""
-    outlet = node._engine.outlet
-    send = outlet._send
+    broadcast = node._engine.outlet.broadcast
+    send = broadcast._send_plain
     left = frames
 
-    def swallow(parts: tuple[bytes, ...]) -> None:
+    def swallow(frame: bytes, flags: int) -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            send(parts)
+            send(frame, flags)
 
-    monkeypatch.setattr(outlet, "_send", swallow)
+    monkeypatch.setattr(broadcast, "_send_plain", swallow)
 
 
 def test_what_the_wire_loses_is_repaired_in_order(

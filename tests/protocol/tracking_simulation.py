@@ -427,9 +427,9 @@ class World:
             self.now = max(self.now, due)
             self.repair(drained=True)
         else:
-            raise AssertionError(f"never settled: {self.tracker._unsettled}")
+            raise AssertionError(f"never settled: {self.tracker.unsettled}")
         assert self.now <= ends_at
-        assert not self.tracker._unsettled
+        assert not self.tracker.unsettled
         assert self.tracker._held_bytes == 0
         for publisher in self.publishers.values():
             assert self.tracker.behind(publisher.origin) == []
@@ -447,7 +447,7 @@ class World:
 
 def audit(tracker: Tracker, held_bytes_max: int) -> None:
     """The tracker's books are in order."""
-    unsettled = tracker._unsettled
+    unsettled = tracker.unsettled
     held = 0
     for stream in filter(None, tracker.streams.values()):
         if stream.place == SETTLED:

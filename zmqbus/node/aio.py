@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -20,12 +20,10 @@ from zmqbus.node.engine import Config, Engine
 from zmqbus.node.events import EVENTS_MAX, Event, TopicInfo, Undelivered
 from zmqbus.node.intake import Intake
 from zmqbus.node.node import CLOSE_TIMEOUT
-from zmqbus.node.publishing import TICK, Publisher
+from zmqbus.node.publishing import SMALL, TICK, Publisher
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.tracking import Gap
-
-YIELD_AFTER = 2048  # publishes without a turn of the loop: a millisecond or two
 
 
 class AsyncSubscription:
@@ -40,12 +38,10 @@ class AsyncSubscription:
 
     def __init__(self, node: AsyncNode, patterns: Sequence[str], value_type: Any, history: int, on_gap: str) -> None:
         self._node = node
-        self._asked = (patterns, value_type, history, on_gap == "raise")
+        self._asked = (patterns, value_type, history, on_gap)
         self._opening: asyncio.Task[None] | None = None
         self._intake: Intake | None = None
-        self._items: Any = iter(())
-        self._waiting: set[asyncio.Future[None]] = set()
-        self._fd = -1
+        self._bell = _Bell()
 
     async def get(self, timeout: float | None = None) -> Message | None:
         """The next message; None when none came within `timeout` seconds (0: only what is here), or on `close()`.
@@ -61,10 +57,7 @@ class AsyncSubscription:
             return message
         if intake.closed is not None:
             raise intake.closed
-        while await self._refill(intake, deadline):
-            for message in intake.items:
-                return message
-        return None
+        return await self._take(intake, deadline)
 
     def __aiter__(self) -> AsyncIterator[Message]:
         return self
@@ -73,67 +66,51 @@ class AsyncSubscription:
         intake = self._intake or await self._open()
         for message in intake.items:
             return message
-        while await self._refill(intake, None):
-            for message in intake.items:
-                return message
-        raise StopAsyncIteration
+        following = await self._take(intake, None)
+        if following is None:
+            raise StopAsyncIteration
+        return following
 
-    async def _refill(self, intake: Intake, deadline: float | None) -> bool:
-        """Wait for messages. False: the deadline has passed, or the subscription is closed."""
+    async def _take(self, intake: Intake, deadline: float | None) -> Message | None:
+        """Wait for a message. None: the deadline has passed, or the subscription is closed."""
         loop = asyncio.get_running_loop()
         while True:
-            with intake.lock:
-                if intake.refill():
-                    return True
+            message = intake.take(wait=False)  # on the engine's own thread: no gate in between
+            if message is not None:
+                return message
             if intake.closed is not None:
                 if isinstance(intake.closed, ForkedProcess):
                     raise intake.closed
-                return False
+                return None
             if deadline is not None and now() >= deadline:
-                return False
+                return None
             due = intake.timer()
             if deadline is not None and (due is None or deadline < due):
                 due = deadline
             future: asyncio.Future[None] = loop.create_future()
-            self._waiting.add(future)
+            self._bell.waiting.add(future)
             timer = None if due is None else loop.call_later(max(TICK, due - now()), _finish, future)
             try:
                 await future
             finally:
-                self._waiting.discard(future)
+                self._bell.waiting.discard(future)
                 if timer is not None:
                     timer.cancel()
-
-    def _wake(self) -> None:
-        for future in self._waiting:
-            _finish(future)
-
-    def _readable(self) -> None:
-        self._wake()
-        if self._intake is not None:
-            self._intake.calm()
 
     async def _open(self) -> Intake:
         if self._opening is None:
             self._opening = asyncio.get_running_loop().create_task(self._register())
+            self._opening.add_done_callback(lambda task: task.cancelled() or task.exception())  # not to be reported
         await asyncio.shield(self._opening)
         assert self._intake is not None
         return self._intake
 
     async def _register(self) -> None:
-        patterns, value_type, history, raise_gaps = self._asked
-        intake = await self._node._ready().subscribe(
-            patterns, value_type=value_type, history=history, raise_gaps=raise_gaps, wake=self._wake
+        patterns, value_type, history, on_gap = self._asked
+        self._intake = await self._node._ready().subscribe(
+            patterns, value_type=value_type, history=history, on_gap=on_gap, wake=self._bell.ring
         )
-        self._fd = intake.fd
-        asyncio.get_running_loop().add_reader(self._fd, self._readable)
-        intake.before_close = self._unwatch
-        self._intake = intake
-
-    def _unwatch(self) -> None:
-        if self._fd >= 0:
-            asyncio.get_running_loop().remove_reader(self._fd)
-            self._fd = -1
+        self._bell.watch(self._intake)
 
     @property
     def lost(self) -> int:
@@ -162,6 +139,10 @@ class AsyncSubscription:
             if intake.closed is None:
                 await self._node._engine.unsubscribe(intake)
 
+    def __del__(self) -> None:
+        if self._intake is not None and self._intake.closed is None:  # `async for …`, left by break
+            self._node._engine.soon(self._node._engine.dispose, self._intake)
+
     def __await__(self) -> Generator[Any, None, AsyncSubscription]:
         yield from self._open().__await__()
         return self
@@ -180,21 +161,49 @@ class AsyncSubscription:
         return f"<AsyncSubscription {' '.join(self.patterns)} of {self._node.name}: {state}>"
 
 
+class _Bell:
+    """Wakes those who wait for messages. The node holds this, and not the subscription, which so can be collected."""
+
+    def __init__(self) -> None:
+        self.waiting: set[asyncio.Future[None]] = set()
+        self._intake: Intake | None = None
+        self._fd = -1
+
+    def watch(self, intake: Intake) -> None:
+        """Ring when something arrives."""
+        self._intake = intake
+        self._fd = intake.fd
+        asyncio.get_running_loop().add_reader(self._fd, self._readable)
+        intake.before_close = self._unwatch
+
+    def ring(self) -> None:
+        """Have them look."""
+        for future in self.waiting:
+            _finish(future)
+
+    def _readable(self) -> None:
+        self.ring()
+        if self._intake is not None:
+            self._intake.calm()
+
+    def _unwatch(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._fd)
+
+
 class AsyncPublisher:
     """One topic of one node, ready for hot loops: `await publisher.send(value)`."""
 
     def __init__(self, node: AsyncNode, publisher: Publisher) -> None:
         self._node = node
         self._send = publisher.send
+        self._crowded = node._crowded
         self.topic = publisher.topic
 
     async def send(self, value: object, headers: dict[str, Any] | None = None) -> int:
         """Publish a value; returns its seq, the same as `AsyncNode.publish`."""
         seq = self._send(value, headers)
-        node = self._node
-        node._since_turn += 1
-        if node._since_turn >= YIELD_AFTER or node._backlog:
-            await node._give_way()
+        if self._crowded:
+            await self._node._give_way()
         return seq
 
 
@@ -265,9 +274,8 @@ class AsyncNode:
         history_bytes: int | None = None,
     ) -> None:
         self._config = Config.make(name, bus, key, interface, peers, discovery, history_bytes)
-        self._since_turn = 0
-        self._backlog: deque[tuple[bytes, ...]] = deque()
-        self._publisher: Callable[[str], Publisher | None] = lambda topic: None
+        self._crowded: list[None] = []
+        self._publishers: dict[str, Publisher] = {}
         self._opened: Engine | None = None
 
     async def open(self) -> AsyncNode:
@@ -280,8 +288,8 @@ class AsyncNode:
         engine = Engine(self._config, loop, in_turns)
         await engine.open()
         self._opened = engine
-        self._backlog = engine.outlet.backlog
-        self._publisher = engine.outlet.find
+        self._crowded = engine.outlet.crowded
+        self._publishers = engine.outlet.publishers
         return self
 
     @property
@@ -298,26 +306,33 @@ class AsyncNode:
 
     def _turn(self) -> None:
         """Once per turn of the loop in which something was published."""
-        self._since_turn = 0
         self._engine.outlet.flush_all()
 
     async def _give_way(self) -> None:
         """Let the loop do its other work; wait while a subscriber is full, within the publisher's patience."""
-        self._since_turn = 0
         await asyncio.sleep(0)
-        while self._backlog and not self._engine.outlet.push():
+        while not self._engine.outlet.push():
             await asyncio.sleep(TICK)
 
     # --- publish ---------------------------------------------------------------------------------
 
     async def publish(self, topic: str, value: object, *, headers: dict[str, Any] | None = None) -> int:
         """See `Node.publish`. What one turn of the loop publishes is sent together, at its end."""
-        publisher = self._publisher(topic)
-        if publisher is None:
+        try:
+            publisher = self._publishers[topic]
+        except KeyError:
             publisher = self._ready().outlet.publisher(topic)
-        seq = publisher.send(value, headers)
-        self._since_turn += 1
-        if self._since_turn >= YIELD_AFTER or self._backlog:
+        kind = type(value)
+        # As in `Node.publish`.
+        if headers is None and kind is bytes and len(value) <= SMALL and publisher.full:  # type: ignore[arg-type]
+            seq = publisher.draw()
+            if seq < publisher.full:
+                publisher.ring[seq & publisher.mask] = value
+            else:
+                publisher.send_late(seq, value, 0)  # type: ignore[arg-type]
+        else:
+            seq = publisher.send(value, headers)
+        if self._crowded:
             await self._give_way()
         return seq
 

@@ -13,7 +13,6 @@ import os
 import secrets
 import socket as system
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -31,12 +30,13 @@ from zmqbus.net.clock import now, time_ns
 from zmqbus.net.discovery import check_bus
 from zmqbus.net.interfaces import is_loopback, resolve_interface
 from zmqbus.net.keys import BusKey
-from zmqbus.net.sockets import EVENTS, NO_KEY, SocketFactory, parse_endpoint
+from zmqbus.net.sockets import NO_KEY, Socket, SocketFactory, parse_endpoint
+from zmqbus.net.waker import Waker
 from zmqbus.net.zap import ZapHandler, strangers_are_refused
 from zmqbus.node import RELEASE
 from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
 from zmqbus.node.intake import Intake
-from zmqbus.node.links import Feed, Inbox
+from zmqbus.node.links import Broadcast, Feed, Gate, Inbox
 from zmqbus.node.peering import Peering
 from zmqbus.node.publishing import STREAMS_MAX, TICK, Outlet
 from zmqbus.protocol import commands
@@ -134,8 +134,7 @@ class Engine:
         self._zap: ZapHandler | None = None
         self._inbox: Inbox | None = None
         self._listeners = Listeners()
-        self._numbers = 0
-        self._heartbeats = 0
+        self._numbers = self._heartbeats = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._counters = {"warnings": 0, "fetches_served": 0, "fetch_bytes_served": 0}
 
@@ -162,27 +161,23 @@ class Engine:
         router, pub = factory.router(frame_bytes_max=COMMAND_BYTES_MAX), factory.pub(FRAMES_QUEUED)
         inbox_port = parse_endpoint(factory.bind(router, host))[1]
         pub_port = parse_endpoint(factory.bind(pub, host))[1]
-        self._pub, self._own_pub = pub, factory.bind_inproc(pub, f"pub-{self.origin:016x}")
-        self.outlet = Outlet(pub, self.origin, config.history_bytes, self._in_turns)
-        self.outlet.start_ticking = self._start_ticking
+        self._own_pub = factory.bind_inproc(pub, f"pub-{self.origin:016x}")
+        self._waker = Waker(factory, f"waker-{self.origin:016x}")
+        broadcast = Broadcast(pub, self._start_ticking)
+        self.outlet = Outlet(broadcast, self.origin, config.history_bytes, self._start_ticking, self._in_turns)
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
             await strangers_are_refused(
                 factory, config.key, {"inbox": f"tcp://{probe}:{inbox_port}", "pub": f"tcp://{probe}:{pub_port}"}
             )
+        place = {"host": system.gethostname(), "pid": os.getpid(), "release": RELEASE}
         self.peering = Peering(
             self,
             self._loop,
             factory,
             origin=self.origin,
             bus=config.bus,
-            who={
-                "name": config.name,
-                "epoch": time_ns(),
-                "host": system.gethostname(),
-                "pid": os.getpid(),
-                "release": RELEASE,
-            },
+            who={"name": config.name, "epoch": time_ns(), **place},
             interface=config.interface,
             seeds=config.peers,
             mdns=config.mdns,
@@ -200,13 +195,13 @@ class Engine:
             return []
         self.refusal = NodeClosed(f"node {self.config.name!r} is closed")
         outlet = self.outlet
+        outlet.refuse(self.refusal)
         outlet.flush_all()
         deadline = now() + timeout
         while not outlet.push() and now() < deadline:
             await asyncio.sleep(TICK)
         late = await self.peering.registry.leave(max(0.0, deadline - now()))
         undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
-        outlet.refuse(self.refusal)
         for intake in list(self.intakes.values()):
             intake.close(self.refusal)
         await self._shut()
@@ -242,7 +237,7 @@ class Engine:
         self.refusal = ForkedProcess()
         self.outlet.refuse(self.refusal)
         for intake in self.intakes.values():
-            intake.close(self.refusal)
+            intake.forked(self.refusal)
 
     # --- timers ----------------------------------------------------------------------------------
 
@@ -276,10 +271,13 @@ class Engine:
         *,
         value_type: Any,
         history: int,
-        raise_gaps: bool,
-        wake: Callable[[], None],
+        on_gap: str,
+        wake: Callable[[], None] | None = None,
     ) -> Intake:
-        """Open a subscription; done when every known publisher has registered it."""
+        """Open a subscription; done when every known publisher has registered it.
+
+        `wake`: to be called when there is something to do. None: its consumer sleeps in the socket.
+        """
         if not patterns:
             raise TopicError("", "give at least one pattern; '>' is everything")
         if len(patterns) > PATTERNS_MAX or len(self.intakes) >= SUBSCRIPTIONS_MAX:
@@ -288,23 +286,25 @@ class Engine:
             )
         for pattern in patterns:
             check_pattern(pattern)
-        if history < 0:
-            raise SetupError(f"history={history}: use 0 or more")
+        if not isinstance(history, int) or history < 0:
+            raise SetupError(f"history={history!r}: use a whole number, 0 or more")
+        if on_gap not in ("skip", "raise"):
+            raise SetupError(f"on_gap={on_gap!r}: use 'skip' or 'raise'")
         socket = self._factory.sub(FRAMES_QUEUED)
         for prefix in covering_prefixes(patterns):
             socket.subscribe(prefix)
         self._numbers += 1
         registry = self.peering.registry
+        gate = Gate(wake) if wake is not None else self._gate(socket, self._numbers)
         intake = Intake(
             self._numbers,
             patterns,
-            Feed(self._factory, self._loop, socket, wake, partial(registry.attached, self._numbers)),
+            Feed(self._factory, self._loop, socket, gate, lambda: registry.attached(intake.number)),
             self,
             self._sources,
             value_type=value_type,
             history=history,
-            raise_gaps=raise_gaps,
-            wake=wake,
+            raise_gaps=on_gap == "raise",
         )
         self.intakes[intake.number] = intake
         intake.feed.connect(self._own_pub)
@@ -316,7 +316,17 @@ class Engine:
             self.emit(Warned(f"no answer to SUBSCRIBE {' '.join(patterns[:5])} within {REGISTER_TIMEOUT:g} s: {names}"))
         return intake
 
+    def _gate(self, socket: Socket, number: int) -> Gate:
+        """To a socket that its reader sleeps in."""
+        self._waker.attach(socket, number)
+        gate = Gate(lambda: self._waker.wake(number) if gate.asleep else None)
+        return gate
+
     async def unsubscribe(self, intake: Intake) -> None:
+        """Close a subscription."""
+        self.dispose(intake)
+
+    def dispose(self, intake: Intake) -> None:
         """Close a subscription."""
         if self.intakes.pop(intake.number, None) is not None:
             self.peering.registry.withdraw(intake.number)
@@ -382,16 +392,6 @@ class Engine:
         """Topic and next seq of our streams that fit."""
         return self.outlet.heads(patterns)
 
-    def remind(self, topics: list[bytes]) -> None:
-        """Send the HEADs of these streams of ours, for a subscriber whose SUB has just been connected."""
-        if self.refusal is not None:
-            return
-        with self.outlet.lock:
-            self._pub.get(EVENTS)  # takes newly connected SUBs in; `send` alone does that once in a millisecond
-            for topic in topics:
-                if (publisher := self.outlet.publishers.get(topic.decode())) is not None:
-                    publisher.send_head()
-
     def serve(self, identity: bytes, command: Command) -> None:
         """Commands that are not about peering."""
         assert self._inbox is not None
@@ -450,7 +450,7 @@ class Engine:
             "frames_sent": outlet.frames,
             "bytes_published": outlet.bytes,
             "history_bytes": outlet.history.bytes,
-            "subscriber_stalls": outlet.stalls,
+            "subscriber_stalls": outlet.broadcast.stalls,
             "messages_received": sum(intake.messages for intake in self.intakes.values()),
             "messages_repaired": sum(tracker.repaired for tracker in trackers),
             "messages_lost": sum(tracker.lost for tracker in trackers),

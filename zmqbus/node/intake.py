@@ -1,11 +1,11 @@
 """The receiving path: one subscription's socket, drained and tracked by whoever consumes it.
 
-A message's way in: `refill` takes a frame off the SUB socket; if it is simply the next of its stream, as nearly
-always, its values are decoded by one C call and become `items`, an iterator of messages; everything else goes
-through the tracker. No thread of its own, no queue between: the consumer drains when it wants more.
+A message's way in: `take` gets a frame off the SUB socket; if it is simply the next of its stream, as nearly always,
+its values are decoded by one C call and become messages, of which the first is returned and the others `items`, an
+iterator; everything else goes through the tracker. No thread of its own, no queue between: the consumer takes what it
+wants, and may sleep in the socket until there is something.
 
-The engine speaks to an intake through `post` (work to be done by the consumer, in order) and its `feed`; both end in
-a wake-up, because the socket's FD is edge-triggered and a connect may have swallowed the edge.
+The engine speaks to an intake by `post` (work to be done by the consumer, in order), or comes through its gate.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, repeat
-from threading import Lock
+from math import ceil
 from typing import Any, Protocol
 
 import msgspec
 
-from zmqbus.errors import DecodeError, ForkedProcess, GapError, NodeClosed, RemoteProtocolError
+from zmqbus.errors import DecodeError, GapError, NodeClosed, RemoteProtocolError
 from zmqbus.net.clock import now
-from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVMORE, Again
-from zmqbus.node.links import Feed
-from zmqbus.protocol.frames import DATA, EXTERNAL, HEAD, HEADER_BYTES, Batch, ValueDecoder, parse_header
+from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVMORE, RCVTIMEO, Again
+from zmqbus.net.waker import WAKE_PREFIX
+from zmqbus.node.links import Feed, Gate
+from zmqbus.protocol.frames import BALLAST, DATA, EXTERNAL, HEAD, HEADER_BYTES, ORDER, Batch, ValueDecoder, parse_header
 from zmqbus.protocol.message import Message
-from zmqbus.protocol.tracking import SETTLED, Fetch, Gap, Tracker
+from zmqbus.protocol.tracking import SETTLED, Fetch, Gap, Stream, Tracker
 
 CALM = 0.1  # seconds without a message after which an empty socket is empty: not just waiting for the kernel
 GAPS_KEPT = 1000  # for a report at the end; the count of lost messages goes on
@@ -50,7 +51,7 @@ class Driver(Protocol):
 
 
 class Intake:
-    """One subscription's receiving end; `refill` and what is posted run under `lock`."""
+    """One subscription's receiving end. `take` and what is posted run inside the gate."""
 
     def __init__(
         self,
@@ -63,20 +64,18 @@ class Intake:
         value_type: Any,
         history: int,
         raise_gaps: bool,
-        wake: Callable[[], None],
     ) -> None:
         self.number = number
         self.patterns = list(patterns)
         self.feed = feed
         self.socket = feed.socket
-        self.lock = feed.lock
+        self.gate = feed.gate
         self.items: Iterator[Message] = iter(())
-        """Messages decoded and not yet consumed; may be advanced without the lock."""
+        """Messages decoded and not yet consumed; may be advanced outside the gate."""
         self.gaps: deque[Gap] = deque(maxlen=GAPS_KEPT)
         self.messages = 0
         self.closed: Exception | None = None
         self.tracker = Tracker(patterns, sources, history=history)
-        self.wake = wake
         self.before_close: Callable[[], None] = lambda: None  # on the engine's thread, while the socket is still there
         self._driver = driver
         self._inbox: deque[Callable[[], None]] = deque()
@@ -85,6 +84,9 @@ class Intake:
         self._leaving: set[int] = set()
         self._afterwards: list[Callable[[], object]] = []  # when the socket is empty, and stays so
         self._calm_mark, self._calm_at = -1, 0.0
+        self._patience_ms = -1  # what RCVTIMEO is set to
+        # How the frames of the last ordinary stream begin, up to their flags, and where their values do.
+        self._stream, self._head, self._body = Stream("", (b"", 0), 0, 0, 0), b"\0", 0
 
     # --- the engine's side -----------------------------------------------------------------------
 
@@ -96,13 +98,12 @@ class Intake:
     def post(self, work: Callable[[], None]) -> None:
         """Have the consumer do this before it looks at the socket again."""
         self._inbox.append(work)
-        self.wake()
+        self.gate.wake()
 
     def heads(self, origin: int, heads: list[tuple[bytes, int]], more: bool) -> None:
         """HEADS arrived. Done here and now: `subscribe` waits for it, and the consumer may not be there yet."""
-        with self.lock:
+        with self.gate.visit():
             self.tracker.heads(origin, heads, more, now())
-        self.wake()
 
     def fetched(self, asked: Fetch, last: int, batches: Sequence[Batch]) -> None:
         """BATCHES arrived."""
@@ -118,7 +119,7 @@ class Intake:
 
     def origin_leaving(self, origin: int) -> bool:
         """A publisher said BYE, after its last HEADS. True: all of it is here; else `settled` is told when it is."""
-        with self.lock:
+        with self.gate.visit():
             if not self.tracker.behind(origin):
                 return True
         self.post(lambda: self._leaving.add(origin))
@@ -138,69 +139,110 @@ class Intake:
 
     def close(self, reason: Exception | None = None) -> None:
         """No more messages. What is decoded already can still be consumed."""
-        forked = isinstance(reason, ForkedProcess)
-        if forked:
-            self.lock = Lock()
-            self.items = iter(())
-        with self.lock:
+        with self.gate.visit():
             if self.closed is None:
                 self.closed = reason or NodeClosed("the subscription is closed")
-                if not forked:
-                    self.before_close()
-                    self.feed.close()
-        if not forked:
-            self.wake()
+                self.before_close()
+                self.feed.close()
+
+    def forked(self, reason: Exception) -> None:
+        """In a forked child: the socket is the parent's."""
+        self.gate = Gate(lambda: None)  # the old one may be held by a thread that is not here
+        self.items = iter(())
+        self.closed = reason
 
     # --- the consumer's side ---------------------------------------------------------------------
 
-    def refill(self) -> bool:
-        """Put the next messages into `items`. False: there are none now; wait until `timer` or a wake-up.
+    def take(self, *, wait: bool, until: float | None = None) -> Message | None:
+        """The next message; the others of its batch are `items` then. Inside the gate.
 
-        Under the lock, and only when `items` is exhausted.
+        None: there is none now. With `wait`, not before `until`, unless the engine wants in: then look again.
 
         Raises:
             GapError: messages are lost, and the subscription is to raise then.
+            DecodeError: the next value does not fit the type.
         """
+        message: Message | None
+        for message in self.items:  # left by another thread
+            return message
         if self.closed is not None:
-            return False
-        ready = self.tracker.ready
-        streams = self.tracker.streams
+            return None
+        tracker = self.tracker
+        streams = tracker.streams
         recv = self.socket.recv
         while True:
             if self._inbox:
                 self._work()
-            if ready:
-                if self._take_ready():
-                    return True
+            if tracker.ready:
+                if (message := self._take_ready()) is not None:
+                    return message
                 continue
+            still = wait and not (tracker.unsettled or self._leaving or self._afterwards)
             try:
-                frame: bytes = recv(NOBLOCK)
+                frame: bytes = self._sleep(until) if still else recv(NOBLOCK)
             except Again:
+                if still:
+                    return None
                 if self._drained():
                     continue
-                return False
+                if not wait:
+                    return None
+                try:
+                    frame = self._sleep(until, self.timer())
+                except Again:
+                    return None
+            if frame.startswith(self._head) and len(frame) > self._body:  # the same stream as before, nearly always
+                stream = self._stream
+                size, origin, first, time_ns = ORDER.unpack_from(frame, self._body - ORDER.size)
+                if first == stream.next and origin == stream.key[1] and stream.place == SETTLED and size:
+                    stream.next = stream.target = first + size
+                    if (message := self._decode(stream, frame, size, first, time_ns)) is not None:
+                        return message
+                    continue
             try:
                 cut, kind, flags, size, origin, first, time_ns = parse_header(frame)
                 if kind == DATA:
                     parts = (frame,) if not flags & EXTERNAL else (frame, self._external())
                     key = (frame[:cut], origin)
-                    stream = streams.get(key)
-                    if stream is not None and stream.place == SETTLED and stream.next == first:
-                        stream.next = stream.target = first + size
-                        if self._decode(stream.topic, parts, cut, flags, size, origin, first, time_ns):
-                            return True
+                    known = streams.get(key)
+                    if known is None and key in streams:
+                        continue  # not wanted
+                    if known is not None and known.place == SETTLED and known.next == first:
+                        known.next = known.target = first + size
+                        if not flags:
+                            self._stream, self._head, self._body = known, frame[: cut + 5], cut + 1 + HEADER_BYTES
+                        batch = Batch(key[0], flags, size, origin, first, time_ns, parts)
+                        if (message := self._decode_batch(known.topic, batch, 0)) is not None:
+                            return message
                         continue
-                    if stream is not None or key not in streams:
-                        self.tracker.observe(Batch(key[0], flags, size, origin, first, time_ns, parts), now())
-                        self._repair(drained=False)
-                elif kind == HEAD:
-                    self.tracker.observe_head(frame[:cut], origin, first, now())
+                    tracker.observe(Batch(key[0], flags, size, origin, first, time_ns, parts), now())
                     self._repair(drained=False)
-                else:
+                elif kind == HEAD:
+                    tracker.observe_head(frame[:cut], origin, first, now())
+                    self._repair(drained=False)
+                elif kind != BALLAST:
                     self._drop_parts()
             except RemoteProtocolError as error:
+                if frame.startswith(WAKE_PREFIX):
+                    return None
                 self._drop_parts()
                 self._driver.garbage(error)
+
+    def _sleep(self, *until: float | None) -> bytes:
+        """Wait in the socket. Raises Again at the first of these times, or when the engine wants something."""
+        due = min((time for time in until if time is not None), default=None)
+        patience_ms = -1 if due is None else max(0, ceil((due - now()) * 1000))
+        if patience_ms != self._patience_ms:
+            self.socket.set(RCVTIMEO, patience_ms)
+            self._patience_ms = patience_ms
+        gate = self.gate
+        gate.asleep = True
+        try:
+            if gate.wanted or self._inbox:
+                raise Again
+            return self.socket.recv()
+        finally:
+            gate.asleep = False
 
     def calm(self) -> None:
         """Take back the FD's signal when nobody reads the socket now: a loop would spin on it."""
@@ -216,7 +258,7 @@ class Intake:
         )
 
     def timer(self) -> float | None:
-        """When to call `refill` again even if nothing arrives."""
+        """When to look again even if nothing arrives."""
         due = self.tracker.timer()
         return due if not self._afterwards or (due is not None and due < self._calm_at) else self._calm_at
 
@@ -248,47 +290,38 @@ class Intake:
         if fetches:
             self._driver.fetch(self, fetches)
 
-    def _take_ready(self) -> bool:
+    def _take_ready(self) -> Message | None:
         item = self.tracker.ready.popleft()
         if isinstance(item, Gap):
-            return self._lost(item)
+            self._lost(item)
+            return None
         stream, batch, skip = item
         return self._decode_batch(stream.topic, batch, skip)
 
-    def _lost(self, gap: Gap) -> bool:
+    def _lost(self, gap: Gap) -> None:
         self.gaps.append(gap)
         self._driver.gap(gap)
         if self._raise_gaps:
             raise GapError(gap.topic, gap.origin, gap.first, gap.last)
-        return False
 
-    def _decode(
-        self,
-        topic: str,
-        parts: tuple[bytes, ...],
-        cut: int,
-        flags: int,
-        size: int,
-        origin: int,
-        first: int,
-        time: int,
-    ) -> bool:
-        """The ordinary batch, without making a Batch of it. Returns whether there are `items`."""
-        if not flags:
-            try:
-                values = self._decoder.plain(memoryview(parts[0])[cut + 1 + HEADER_BYTES :])
-            except (msgspec.MsgspecError, ValueError, RecursionError):
-                values = []
-            if len(values) == size:
-                self.messages += size
-                if size == 1:  # at low rates: a quarter of what the general case takes
-                    self.items = iter((Message(topic, values[0], first, origin, time / 1e9),))
-                    return True
-                self.items = map(Message, repeat(topic), values, count(first), repeat(origin), repeat(time / 1e9))
-                return True
-        return self._decode_batch(topic, Batch(parts[0][:cut], flags, size, origin, first, time, parts), 0)
+    def _decode(self, stream: Stream, frame: bytes, size: int, first: int, time_ns: int) -> Message | None:
+        """The ordinary batch, without making a Batch of it. Returns its first message."""
+        body = self._body
+        try:
+            values = self._decoder.plain(frame[body:] if size == 1 else memoryview(frame)[body:])
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            values = []
+        topic, origin = stream.topic, stream.key[1]
+        if len(values) != size:
+            batch = Batch(stream.key[0], 0, size, origin, first, time_ns, (frame,))
+            return self._decode_batch(topic, batch, 0)
+        self.messages += size
+        if size == 1:
+            return Message(topic, values[0], first, origin, time_ns / 1e9)
+        self.items = map(Message, repeat(topic), values, count(first), repeat(origin), repeat(time_ns / 1e9))
+        return next(self.items)
 
-    def _decode_batch(self, topic: str, batch: Batch, skip: int) -> bool:
+    def _decode_batch(self, topic: str, batch: Batch, skip: int) -> Message | None:
         try:
             try:
                 values, headers = self._decoder.decode(batch)
@@ -296,11 +329,12 @@ class Intake:
                 values, headers = self._decoder.decode_each(batch)
                 self.messages += batch.count - skip
                 self.items = _Checked(topic, batch, values, headers, skip)
-                return True
+                return next(self.items)
         except RemoteProtocolError as error:
             self._driver.garbage(error)
             self.tracker.lost += batch.count - skip
-            return self._lost(Gap(topic, batch.origin, batch.first + skip, batch.end - 1))
+            self._lost(Gap(topic, batch.origin, batch.first + skip, batch.end - 1))
+            return None
         if skip:
             values = values[skip:]
             headers = headers and headers[skip:]
@@ -314,7 +348,7 @@ class Intake:
             repeat(batch.time_ns / 1e9),
             repeat(None) if headers is None else headers,
         )
-        return True
+        return next(self.items)
 
     def _external(self) -> bytes:
         if not self.socket.get(RCVMORE):

@@ -19,7 +19,7 @@ from zmqbus.net.interfaces import AddressWatch
 from zmqbus.net.sockets import NOBLOCK, Again, SocketFactory, parse_endpoint
 from zmqbus.node.events import Event, Warned
 from zmqbus.node.intake import Intake
-from zmqbus.node.links import Feed, Inbox, Link
+from zmqbus.node.links import Feed, Gate, Inbox, Link
 from zmqbus.node.registry import ASK_AGAIN, Registry, Streams
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PEERS_PER_HELLO, Command, Hello, Welcome
@@ -116,7 +116,7 @@ class Peering:
         self._control = factory.sub(HEARTBEATS_MAX)
         self._control.subscribe(HEARTBEAT_PREFIX)
         self._control_watch = FdWatch(loop, self._control, self._drain_control)
-        self._heartbeats = Feed(factory, loop, self._control, self._control_watch.check, lambda: None)
+        self._heartbeats = Feed(factory, loop, self._control, Gate(self._control_watch.check), lambda: None)
 
     def start(self, inbox: Inbox) -> None:
         """Begin to look for others, and to be found."""

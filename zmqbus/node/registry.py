@@ -16,6 +16,7 @@ from zmqbus.errors import NodeClosed
 from zmqbus.net.clock import now
 from zmqbus.node.intake import Intake
 from zmqbus.node.links import Inbox, Link
+from zmqbus.node.publishing import Outlet
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, SUBSCRIPTIONS_MAX, Command, Error, Subscribed
 from zmqbus.protocol.topics import Matcher
@@ -29,11 +30,10 @@ LEAVE_PATIENCE = 5.0  # a leaving peer is not kept in mind longer than this; it 
 class Streams(Protocol):
     """Our own streams."""
 
+    outlet: Outlet
+
     def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
         """Topic and next seq of those that fit."""
-
-    def remind(self, topics: list[bytes]) -> None:
-        """Send the HEADs of these on the PUB, behind what was sent."""
 
 
 @dataclass(slots=True, eq=False)
@@ -269,7 +269,7 @@ class Registry:
             self._interests[origin].subscriptions[number] = earlier
             then = earlier.heads
             since = [(topic, then.get(topic, 1)) for topic, following in heads if then.get(topic, 1) != following]
-            self._streams.remind([topic for topic, _ in since[:REMINDED_MAX]])
+            self._remind([topic for topic, _ in since[:REMINDED_MAX]])
             for body in _heads(number, since, more=True):
                 if not self.inbox.answer(identity, body, request):
                     return
@@ -280,6 +280,15 @@ class Registry:
         for body in _heads(number, heads):
             if not self.inbox.answer(identity, body, request):
                 return  # all or nothing: what lacks a piece would pass for complete. It is asked again
+
+    def _remind(self, topics: list[bytes]) -> None:
+        """Send the HEADs of these streams of ours, for a subscriber whose SUB may just have been connected."""
+        outlet = self._streams.outlet
+        with outlet.lock:
+            outlet.broadcast.admit()
+            for topic in topics:
+                if (publisher := outlet.publishers.get(topic.decode())) is not None:
+                    publisher.send_head()
 
     # --- leaving ---------------------------------------------------------------------------------
 

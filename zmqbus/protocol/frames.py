@@ -15,12 +15,16 @@ that a single value of EXTERNAL_BYTES_MIN or more travels as a second part, so t
     DATA        of the first message in the batch  1 or more    the messages, see below
     HEAD        the next one the stream will use   0            none: "you should have all before this"
     HEARTBEAT   a count of heartbeats, to look at  0            none: "I am here", on topic $hb
+    BALLAST     0                                  0            none: takes a place in a queue, see below
 
     DATA flags            payload is
     (none)                one msgpack array of `count` values
     HEADERS               one msgpack array of two arrays: `count` values, `count` header maps (or nil)
     EXTERNAL              as above, but in a second message part; count is 1
     EXTERNAL | RAW        a second part that *is* the one value, of msgpack type bin, without any packing
+
+ZeroMQ limits a queue in messages. So that it is limited in bytes as well, publishers let each 256 KiB of a large
+message be followed by one BALLAST frame on its topic. Receivers ignore them.
 
 Other flags, and RAW in other company, are refused: who does not know a flag cannot read the payload. Other kinds are
 let pass by `parse_header`, to be ignored: they may be news of a later version, but never messages.
@@ -41,6 +45,7 @@ VERSION = 1
 DATA = 1
 HEAD = 2
 HEARTBEAT = 3
+BALLAST = 4
 
 HEADERS = 1
 EXTERNAL = 2
@@ -50,6 +55,7 @@ _EXTERNALS = (EXTERNAL, EXTERNAL | HEADERS, EXTERNAL | RAW)
 
 HEADER = Struct("<BBHIQQQ")
 HEADER_BYTES = HEADER.size
+ORDER = Struct("<IQQQ")  # what of it differs between ordinary frames of one stream: count, origin, first seq, time_ns
 SEQ_MAX = 2**64 - 1
 
 EXTERNAL_BYTES_MIN = 16 * 1024  # below this one copy is cheaper than a second part

@@ -118,6 +118,8 @@ class Tracker:
         """What to deliver now, in order: (stream, batch, how many of its first messages to skip), or a Gap."""
         self.streams: dict[tuple[bytes, int], Stream | None] = {}
         """By (topic, origin); None for those that the prefix let through but the patterns do not want."""
+        self.unsettled: dict[tuple[bytes, int], Stream] = {}
+        """Those with a hole. While there are none, neither time nor an empty socket changes anything."""
         self.lost = 0
         """Messages in all Gaps."""
         self.repaired = 0
@@ -134,7 +136,6 @@ class Tracker:
         self._early_bytes = 0
         self._held_bytes = 0
         self._held_bytes_max = held_bytes_max
-        self._unsettled: dict[tuple[bytes, int], Stream] = {}
         self._queue: OrderedDict[Stream, None] = OrderedDict()
         self._asked: list[Stream] = []
         self._parked: list[tuple[float, int, Stream]] = []  # a heap; entries of streams that moved on are void
@@ -225,13 +226,13 @@ class Tracker:
 
     def sources_changed(self, now: float) -> None:
         """A node came (back) that may be asked: holes that wait for one need wait no longer."""
-        for stream in self._unsettled.values():
+        for stream in self.unsettled.values():
             if stream.place == PARKED and not stream.soft:
                 self._enqueue(stream)
 
     def origin_gone(self, origin: int, now: float) -> None:
         """A publisher left for good: what only it had is lost now, not after a wait."""
-        for stream in [s for s in self._unsettled.values() if s.key[1] == origin]:
+        for stream in [s for s in self.unsettled.values() if s.key[1] == origin]:
             if stream.soft:  # except for what may be in the socket
                 stream.lacks = {**stream.lacks, origin: stream.target}
                 continue
@@ -243,7 +244,7 @@ class Tracker:
         """A publisher is not even awaited any more: its holes are lost. Its streams go on should it return."""
         self._early = deque(batch for batch in self._early if batch.origin != origin)
         self._early_bytes = sum(map(_cost, self._early))
-        for stream in [s for s in self._unsettled.values() if s.key[1] == origin]:
+        for stream in [s for s in self.unsettled.values() if s.key[1] == origin]:
             self._give_up(stream, stream.target)
             self._settle(stream)
         if origin in self._registered:
@@ -258,7 +259,7 @@ class Tracker:
 
     def repairs(self, now: float, drained: bool) -> list[Fetch]:
         """Fetches to send now; holes that nobody can fill become `ready`. `drained`: the live socket is empty."""
-        if not self._unsettled:
+        if not self.unsettled:
             return []
         for stream in [s for s in self._asked if s.due <= now]:
             self._failed(stream, now)
@@ -280,7 +281,7 @@ class Tracker:
 
     def timer(self) -> float | None:
         """When `repairs` has something to do next, if nothing happens before; 0 is at once."""
-        if not self._unsettled:
+        if not self.unsettled:
             return None
         if self._queue and len(self._asked) < FETCHES_MAX:
             return 0.0
@@ -291,7 +292,7 @@ class Tracker:
 
     def behind(self, origin: int) -> list[tuple[str, int, int]]:
         """Streams of `origin` not ready to the end that is known: (topic, next, one past the last)."""
-        return [(s.topic, s.next, s.target) for s in self._unsettled.values() if s.key[1] == origin]
+        return [(s.topic, s.next, s.target) for s in self.unsettled.values() if s.key[1] == origin]
 
     def knows(self, origin: int) -> bool:
         """Whether the origin has answered with all its HEADS."""
@@ -393,7 +394,7 @@ class Tracker:
         if stream.next >= stream.target:
             self._settle(stream)
         elif stream.place == SETTLED:
-            self._unsettled[stream.key] = stream
+            self.unsettled[stream.key] = stream
             stream.since = now
             stream.tries = 0
             if soft:
@@ -416,7 +417,7 @@ class Tracker:
             self._move(stream, SETTLED)
             stream.held = _NOTHING_HELD
             stream.lacks = _NOBODY_LACKS
-            del self._unsettled[stream.key]
+            del self.unsettled[stream.key]
 
     def _enqueue(self, stream: Stream) -> None:
         if stream.place != QUEUED:
@@ -427,8 +428,8 @@ class Tracker:
         if stream.place != PARKED:
             self._move(stream, PARKED)
         stream.due = due
-        if len(self._parked) > 100 + 2 * len(self._unsettled):  # mostly void
-            parked = [s for s in self._unsettled.values() if s.place == PARKED]
+        if len(self._parked) > 100 + 2 * len(self.unsettled):  # mostly void
+            parked = [s for s in self.unsettled.values() if s.place == PARKED]
             self._parked = [(s.due, number, s) for number, s in enumerate(parked)]
             heapify(self._parked)
         else:
