@@ -15,7 +15,7 @@ import socket as system
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from zmqbus.errors import (
     ForkedProcess,
@@ -32,9 +32,9 @@ from zmqbus.net.interfaces import is_loopback, resolve_interface
 from zmqbus.net.keys import BusKey
 from zmqbus.net.sockets import NO_KEY, Socket, SocketFactory, parse_endpoint
 from zmqbus.net.waker import Waker
-from zmqbus.net.zap import ZapHandler, stranger_is_refused
+from zmqbus.net.zap import ZapHandler, strangers_are_refused
 from zmqbus.node import RELEASE
-from zmqbus.node.events import Event, TopicInfo, Undelivered, Warned
+from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
 from zmqbus.node.intake import Intake
 from zmqbus.node.links import Broadcast, Feed, Gate, Inbox
 from zmqbus.node.peering import Peering
@@ -49,7 +49,7 @@ from zmqbus.protocol.tracking import Fetch, Gap
 
 HEARTBEAT_PERIOD = 1.0
 IDLE_PERIOD = 0.1  # how often to look for streams that fell idle, whose HEAD is due
-REGISTER_TIMEOUT = 3.0  # `subscribe` waits no longer for peers that do not answer
+REGISTER_TIMEOUT = 8.0  # `subscribe` waits no longer for those who do not answer; silent, they are lost after 5
 FETCH_TIMEOUT = 20.0  # after this an answer is of no use to the tracker any more
 COMMAND_BYTES_MAX = BODY_BYTES_MAX + 4096  # what the inbox takes: also from a stranger, before it is refused
 # Frames queued for a subscriber, and by it: 4 MiB of full batches on either side, and the kernel holds more. Not
@@ -115,16 +115,6 @@ class Config(NamedTuple):
         return cls(name, bus, key, interface, tuple(peers), discovery != "static", size)
 
 
-class Listener(Protocol):
-    """Who is told of events, from any thread."""
-
-    def put(self, event: Event) -> None:
-        """Something happened."""
-
-    def close(self) -> None:
-        """The node is closed."""
-
-
 class Engine:
     """The control side of one node."""
 
@@ -143,9 +133,8 @@ class Engine:
         self._factory = SocketFactory(config.key)
         self._zap: ZapHandler | None = None
         self._inbox: Inbox | None = None
-        self._listeners: tuple[Listener, ...] = ()
-        self._numbers = 0
-        self._heartbeats = 0
+        self._listeners = Listeners()
+        self._numbers = self._heartbeats = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._counters = {"warnings": 0, "fetches_served": 0, "fetch_bytes_served": 0}
 
@@ -178,21 +167,17 @@ class Engine:
         self.outlet = Outlet(broadcast, self.origin, config.history_bytes, self._start_ticking, self._in_turns)
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
-            await stranger_is_refused(factory, config.key, f"tcp://{probe}:{inbox_port}", "inbox")
-            await stranger_is_refused(factory, config.key, f"tcp://{probe}:{pub_port}", "pub")
+            await strangers_are_refused(
+                factory, config.key, {"inbox": f"tcp://{probe}:{inbox_port}", "pub": f"tcp://{probe}:{pub_port}"}
+            )
+        place = {"host": system.gethostname(), "pid": os.getpid(), "release": RELEASE}
         self.peering = Peering(
             self,
             self._loop,
             factory,
             origin=self.origin,
             bus=config.bus,
-            who={
-                "name": config.name,
-                "epoch": time_ns(),
-                "host": system.gethostname(),
-                "pid": os.getpid(),
-                "release": RELEASE,
-            },
+            who={"name": config.name, "epoch": time_ns(), **place},
             interface=config.interface,
             seeds=config.peers,
             mdns=config.mdns,
@@ -220,7 +205,7 @@ class Engine:
         for intake in list(self.intakes.values()):
             intake.close(self.refusal)
         await self._shut()
-        for listener in self._listeners:
+        for listener in self._listeners.present:
             listener.close()
         return undelivered
 
@@ -314,7 +299,7 @@ class Engine:
         intake = Intake(
             self._numbers,
             patterns,
-            Feed(self._factory, self._loop, socket, gate, registry.changed),
+            Feed(self._factory, self._loop, socket, gate, lambda: registry.attached(intake.number)),
             self,
             self._sources,
             value_type=value_type,
@@ -325,7 +310,10 @@ class Engine:
         intake.feed.connect(self._own_pub)
         intake.heads(self.origin, self.heads(intake.patterns), more=False)
         self.peering.connect(intake)
-        await registry.until(lambda: registry.registered(intake), REGISTER_TIMEOUT)
+        if not await registry.until(lambda: not registry.unregistered(intake), REGISTER_TIMEOUT):
+            late = registry.unregistered(intake)
+            names = ", ".join(peer.name for peer in self.peering.peers() if peer.origin in late)
+            self.emit(Warned(f"no answer to SUBSCRIBE {' '.join(patterns[:5])} within {REGISTER_TIMEOUT:g} s: {names}"))
         return intake
 
     def _gate(self, socket: Socket, number: int) -> Gate:
@@ -499,14 +487,13 @@ class Engine:
     # --- events, from any thread -----------------------------------------------------------------
 
     def add_listener(self, listener: Listener) -> None:
-        """Tell it of every event from now on."""
-        self._listeners = (*self._listeners, listener)
+        """Tell it of every event from now on; if it is the first, also of the first warnings."""
+        self._listeners.add(listener)
 
     def forget_listener(self, listener: Listener) -> None:
         """No longer."""
-        self._listeners = tuple(other for other in self._listeners if other is not listener)
+        self._listeners.forget(listener)
 
     def emit(self, event: Event) -> None:
         """Tell every listener."""
-        for listener in self._listeners:
-            listener.put(event)
+        self._listeners.emit(event)

@@ -38,6 +38,9 @@ from zmqbus.protocol.commands import Body, Command, Error, UnknownCommand, decod
 
 DRAIN_MAX = 64  # commands taken in a row before other work has its turn
 REDIAL = (0.5, 1.5)  # seconds, after a failed handshake
+HANG_UPS_WITHIN = 2.0  # seconds between two, for a verdict: libzmq dials again within 0.4
+MECHANISM_MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: one of the two has no key
+PASS_KEY = "pass it one: key= or --key-file"
 PATIENCE = 0.5  # seconds that publishers wait for a full subscriber to read half its queue
 GRUDGE_MIN, GRUDGE_MAX = 1.0, 32.0  # seconds for which they do not, after that was in vain; doubled each time
 ZERO_COPY_MIN = 256 * 1024  # from here on a copy costs more than the thread with which pyzmq tracks what is lent
@@ -57,13 +60,16 @@ class Link:
         on_command: Callable[[Link, Command], None],
         on_garbage: Callable[[RemoteProtocolError], None],
         hello: Callable[[Link], bool],
+        on_refused: Callable[[Link, str], None] | None,
     ) -> None:
-        """`hello` is called until it returns True: at the first moment at which the peer can be reached."""
+        """`hello` is called until it returns True: at the first moment at which the peer can be reached.
+
+        `on_refused` is told why a handshake failed, as far as that can be known; None saves the monitor for it.
+        """
         self.endpoint = endpoint
         self.origin: int | None = None
         self.pub: str | None = None  # the peer's PUB, once known
         self.declared: set[int] = set()  # our subscriptions that this peer was told of
-        self.refused: str | None = None  # why the handshake failed, if it did
         self.awaits_welcome = False  # it was sent a HELLO, and has not answered yet
         self._factory = factory
         self._loop = loop
@@ -72,8 +78,10 @@ class Link:
         self._pending: dict[int, tuple[Answer, asyncio.TimerHandle]] = {}
         self._requests = 0
         self._hello: Callable[[Link], bool] | None = hello
+        self._on_refused = on_refused
+        self._broken_off_at = -inf
         self._socket = factory.dealer()
-        self._monitor = factory.handshake_monitor(self._socket) if factory.secure else None
+        self._monitor = factory.handshake_monitor(self._socket) if on_refused is not None else None
         try:
             factory.connect(self._socket, endpoint)
         except ZmqbusError:
@@ -173,12 +181,33 @@ class Link:
 
     def _drain_monitor(self) -> bool:
         assert self._monitor is not None
-        try:
-            while True:
-                self._monitor.recv_multipart(NOBLOCK)
-                self.refused = "its key does not fit ours"
-        except Again:
-            return False
+        assert self._on_refused is not None
+        while True:
+            try:
+                event, _, value = parse_monitor(self._monitor.recv_multipart(NOBLOCK))
+            except Again:
+                return False
+            if event == "HANDSHAKE_FAILED_NO_DETAIL":
+                # It hung up. So does, once, a peer that is closing; one that stands still is cut off after 3 s.
+                last, self._broken_off_at = self._broken_off_at, self._loop.time()
+                if self._broken_off_at - last > HANG_UPS_WITHIN:
+                    continue
+            self._on_refused(self, _why_refused(event, value, self._factory.secure))
+
+
+def _why_refused(event: str, value: int, have_key: bool) -> str:
+    """What a failed handshake says about the peer."""
+    if event == "HANDSHAKE_FAILED_NO_DETAIL":
+        if have_key:
+            return "it breaks off every handshake, so that it has another bus key, or none"
+        return f"it breaks off every handshake: it seems to have a bus key, and this node has none ({PASS_KEY})"
+    if value == MECHANISM_MISMATCH:
+        if have_key:
+            return "it has no bus key, and this node has one"
+        return f"it has a bus key, and this node has none ({PASS_KEY})"
+    if event == "HANDSHAKE_FAILED_AUTH":
+        return f"it does not admit our key (status {value})"
+    return f"the handshake failed ({event}, {value:#x}): is that a zmqbus node?"
 
 
 class Gate:
@@ -391,6 +420,10 @@ class Broadcast:
         except Again:
             return False
         return True
+
+    def admit(self) -> None:
+        """Take newly connected SUBs in before the next frame. `send` alone looks for them once in a millisecond."""
+        self._socket.get(EVENTS)
 
     def close(self, linger_ms: int) -> None:
         """Close the socket; what it holds is still sent for `linger_ms`."""

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from zmqbus.errors import AuthError, RemoteProtocolError, SetupError
 from zmqbus.net.adapter import FdWatch
 from zmqbus.net.clock import now
-from zmqbus.net.discovery import Discovery, Found
-from zmqbus.net.interfaces import AddressWatch, best_candidate
+from zmqbus.net.discovery import Discovery, Found, Warnings, to_dial
+from zmqbus.net.interfaces import AddressWatch
 from zmqbus.net.sockets import NOBLOCK, Again, SocketFactory, parse_endpoint
 from zmqbus.node.events import Event, Warned
 from zmqbus.node.intake import Intake
@@ -80,14 +80,16 @@ class Peering:
         self.origin = origin
         self.inbox: Inbox  # set when the node opens
         self.links: dict[int, Link] = {}  # by origin: peers that answered
-        self.registry = Registry(origin, loop, host, self.links, host.intakes, self.joined, self._took_leave)
         self._host = host
         self._loop = loop
         self._factory = factory
         self._bus = bus
         self._inbox_port, self._pub_port = ports
         self._who = who
-        self._membership = Membership(origin, name=who["name"], seeds=seeds, jitter=random.random)
+        self._membership = members = Membership(origin, name=who["name"], seeds=seeds, jitter=random.random)
+        self.registry = Registry(
+            origin, loop, host, self.links, host.intakes, lambda: members.joined, self.joined, self._took_leave
+        )
         self._dialled: dict[str, Link] = {}  # by endpoint
         self._pubs: dict[int, str] = {}  # which PUB of a peer our SUBs are connected to
         self._guests: dict[bytes, int] = {}  # by routing identity on our inbox
@@ -95,7 +97,7 @@ class Peering:
         self._due = 0.0
         self._timers: list[asyncio.TimerHandle] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._refused_told: set[str] = set()
+        self._warnings = Warnings(lambda reason: host.emit(Warned(reason)))
         self._refresh_at = 0.0
         self._addresses = AddressWatch(interface)
         self._discovery: Discovery | None = None
@@ -123,6 +125,7 @@ class Peering:
             self._spawn(self._discovery.start())
             self._refresh_at = now() + random.uniform(REFRESH_MIN, REFRESH_MAX)
         self._perform(self._membership.tick(now()))
+        self._tell_trouble()
         self._every(ADDRESS_POLL, self._poll_addresses)
         self._every(ASK_AGAIN, self.registry.ask_again)
 
@@ -204,17 +207,19 @@ class Peering:
         old = self._dialled.pop(endpoint, None)
         if old is not None:
             self._drop(old)
+        # Without a key nearly all handshakes succeed: a monitor only where one seems not to have.
+        on_refused = self._refused if self._factory.secure or (old is not None and old.origin is None) else None
         try:
-            link = Link(self._factory, self._loop, endpoint, self._on_answer, self._garbage, self._hello)
+            link = Link(self._factory, self._loop, endpoint, self._on_answer, self._garbage, self._hello, on_refused)
         except (SetupError, AuthError) as error:
-            self._host.emit(Warned(f"cannot dial {endpoint}: {error}"))
+            self._warnings.say(endpoint, f"cannot dial {endpoint}: {error}")
             return
         self._dialled[endpoint] = link
 
+    def _refused(self, link: Link, why: str) -> None:
+        self._warnings.say(link.endpoint, f"cannot join {link.endpoint} on bus {self._bus!r}: {why}")
+
     def _drop(self, link: Link) -> None:
-        if link.refused and link.endpoint not in self._refused_told:
-            self._refused_told.add(link.endpoint)
-            self._host.emit(Warned(f"{link.endpoint} is on bus {self._bus!r} but refused us: {link.refused}"))
         if link.origin is not None and self.links.get(link.origin) is link:
             del self.links[link.origin]
         link.close()
@@ -260,9 +265,7 @@ class Peering:
             return
         body = command.body
         if isinstance(body, commands.Error):
-            if link.endpoint not in self._refused_told:
-                self._refused_told.add(link.endpoint)
-                self._host.emit(Warned(f"{link.endpoint} refused us: {body.reason}"))
+            self._refused(link, body.reason)
             return
         if not isinstance(body, Welcome):
             self._garbage(RemoteProtocolError(f"{link.endpoint}: {type(body).__name__} in answer to HELLO"))
@@ -323,36 +326,31 @@ class Peering:
 
     def _candidates(self, body: Hello) -> list[str]:
         """Of the endpoints a peer says it has, those to dial, the best first."""
-        ports: dict[str, int] = {}
-        for endpoint in body.inbox:
-            try:
-                host, port = parse_endpoint(endpoint)
-            except SetupError as error:
-                self._garbage(RemoteProtocolError(f"HELLO of {body.name}: {error}"))
-                continue
-            ports.setdefault(host, port)
-        return [f"tcp://{host}:{ports[host]}" for host in best_candidate(list(ports), self._addresses.local)]
+        return [] if self._is_surprise(body) else to_dial(body.inbox, self._addresses.local)
+
+    def _is_surprise(self, body: Hello) -> bool:
+        """It came by a network, and we thought that there was none: what that peer calls loopback is not ours."""
+        from_here = body.host == self._who["host"] and all(inbox.startswith("tcp://127.") for inbox in body.inbox)
+        if from_here or not self._addresses.is_behind:
+            return False
+        self._timers.append(self._loop.call_later(0, self._poll_addresses))
+        return True
 
     def _hints(self, body: Hello) -> None:
         """Whom a peer knows."""
         outputs: list[Output] = []
-        for origin, endpoint in body.peers:
+        for origin, endpoint in () if self._is_surprise(body) else body.peers:
             if self._membership.state(origin) is State.JOINED:
                 continue  # no news: among n nodes that boot together nearly all of n³ hints
-            try:
-                host, _ = parse_endpoint(endpoint)
-            except SetupError:
-                continue
-            if best_candidate([host], self._addresses.local):
+            if to_dial([endpoint], self._addresses.local):
                 outputs += self._membership.hint(origin, endpoint, now())
         self._perform(outputs)
 
     def _found(self, found: Found) -> None:
         """mDNS: somebody announced itself."""
-        hosts = best_candidate(found.host_addresses, self._addresses.local)
-        if hosts:
-            inbox, *also = (f"tcp://{host}:{found.inbox_port}" for host in hosts)
-            self._perform(self._membership.hint(found.origin, inbox, now(), also=tuple(also)))
+        inboxes = to_dial([f"tcp://{host}:{found.inbox_port}" for host in found.host_addresses], self._addresses.local)
+        if inboxes:
+            self._perform(self._membership.hint(found.origin, inboxes[0], now(), also=tuple(inboxes[1:])))
 
     # --- commands --------------------------------------------------------------------------------
 
@@ -449,6 +447,7 @@ class Peering:
         before = set(self._addresses.addresses)
         addresses = self._addresses.poll()
         if addresses is not None:
+            self._tell_trouble()
             if self._discovery is not None:
                 self._spawn(self._discovery.set_addresses(addresses))
             if not before.issubset(addresses):  # connections may be from one that is gone
@@ -459,6 +458,10 @@ class Peering:
         elif self._discovery is not None and now() >= self._refresh_at:
             self._refresh_at = now() + random.uniform(REFRESH_MIN, REFRESH_MAX)
             self._spawn(self._discovery.refresh())
+
+    def _tell_trouble(self) -> None:
+        if (trouble := self._addresses.trouble) is not None:
+            self._host.emit(Warned(trouble))
 
     def _garbage(self, error: RemoteProtocolError) -> None:
         self._host.emit(Warned(str(error)))
@@ -484,7 +487,6 @@ class Peering:
         for timer in (*self._timers, self._timer):
             if timer is not None:
                 timer.cancel()
-        self._timers = []
         if self._discovery is not None:
             await self._discovery.close()
         for task in list(self._tasks):

@@ -16,17 +16,21 @@ from zmqbus.errors import NodeClosed
 from zmqbus.net.clock import now
 from zmqbus.node.intake import Intake
 from zmqbus.node.links import Inbox, Link
+from zmqbus.node.publishing import Outlet
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, SUBSCRIPTIONS_MAX, Command, Error, Subscribed
 from zmqbus.protocol.topics import Matcher
 
 ASK_AGAIN = 1.0  # seconds after which an unanswered SUBSCRIBE is repeated
 UNCONFIRMED = 30.0  # for so long a repeated SUBSCRIBE is owed from the first: its answer may not have arrived
+REMINDED_MAX = 64  # HEADs on the PUB for one repeated SUBSCRIBE; further streams' come when they fall idle
 LEAVE_PATIENCE = 5.0  # a leaving peer is not kept in mind longer than this; it waits less itself
 
 
 class Streams(Protocol):
     """Our own streams."""
+
+    outlet: Outlet
 
     def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
         """Topic and next seq of those that fit."""
@@ -59,7 +63,8 @@ class Registry:
     Args:
         links: the ways to peers, by origin.
         intakes: our subscriptions, by number. Both are their owners' and only read here.
-        joined: whether a peer is there now.
+        members: the joined peers.
+        joined: whether a peer is one of them, and can be asked now.
         gone: told when a leaving peer has taken its leave.
     """
 
@@ -70,6 +75,7 @@ class Registry:
         streams: Streams,
         links: dict[int, Link],
         intakes: dict[int, Intake],
+        members: Callable[[], list[int]],
         joined: Callable[[int], bool],
         gone: Callable[[int], None],
     ) -> None:
@@ -79,10 +85,12 @@ class Registry:
         self._streams = streams
         self._links = links
         self._intakes = intakes
+        self._members = members
         self._joined = joined
         self._gone = gone
         self._interests: dict[int, Interest] = {origin: Interest()}
         self._asked_at: dict[tuple[int, int], float] = {}  # (origin, number): asked, and HEADS not complete
+        self._attached: dict[int, set[str]] = {}  # by number: the PUBs that were connected at the last look
         self._leaving: dict[int, tuple[bytes, int, set[int]]] = {}  # BYE: identity, request, intakes to wait for
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
@@ -126,16 +134,35 @@ class Registry:
             self.subscribe(link, intake)
         self.changed()
 
-    def registered(self, intake: Intake) -> bool:
-        """Whether every peer that can be reached has answered with all its HEADS, and its PUB is connected."""
-        return all(
-            intake.tracker.knows(origin) and link.pub in intake.feed.attached
-            for origin, link in self._links.items()
-            if self._joined(origin)
-        )
+    def unregistered(self, intake: Intake) -> list[int]:
+        """The joined peers that have not answered with all their HEADS, or whose PUB is not connected."""
+        return [
+            origin
+            for origin in self._members()
+            if (link := self._links.get(origin)) is None
+            or not intake.tracker.knows(origin)
+            or link.pub not in intake.feed.attached
+        ]
+
+    def attached(self, number: int) -> None:
+        """A subscription's SUB is connected to one more PUB: ask what it missed while it was not.
+
+        Otherwise only the HEAD of an idle stream would tell, 100 to 200 ms later, and that is what a newcomer would
+        wait for its first message.
+        """
+        intake = self._intakes.get(number)
+        if intake is not None:
+            present = set(intake.feed.attached)
+            fresh = present - self._attached.get(number, set())
+            self._attached[number] = present
+            for link in self._links.values():
+                if link.pub in fresh:
+                    self.subscribe(link, intake)
+        self.changed()
 
     def withdraw(self, number: int) -> None:
         """A subscription is closed."""
+        self._attached.pop(number, None)
         self._interests[self._origin].subscriptions.pop(number, None)
         for origin, link in self._links.items():
             self._asked_at.pop((origin, number), None)
@@ -240,7 +267,9 @@ class Registry:
         heads = self._streams.heads(patterns)
         if earlier is not None and earlier.heads is not None and earlier.patterns == patterns:
             self._interests[origin].subscriptions[number] = earlier
-            since = [(topic, earlier.heads.get(topic, 1)) for topic, _ in heads]
+            then = earlier.heads
+            since = [(topic, then.get(topic, 1)) for topic, following in heads if then.get(topic, 1) != following]
+            self._remind([topic for topic, _ in since[:REMINDED_MAX]])
             for body in _heads(number, since, more=True):
                 if not self.inbox.answer(identity, body, request):
                     return
@@ -251,6 +280,15 @@ class Registry:
         for body in _heads(number, heads):
             if not self.inbox.answer(identity, body, request):
                 return  # all or nothing: what lacks a piece would pass for complete. It is asked again
+
+    def _remind(self, topics: list[bytes]) -> None:
+        """Send the HEADs of these streams of ours, for a subscriber whose SUB may just have been connected."""
+        outlet = self._streams.outlet
+        with outlet.lock:
+            outlet.broadcast.admit()
+            for topic in topics:
+                if (publisher := outlet.publishers.get(topic.decode())) is not None:
+                    publisher.send_head()
 
     # --- leaving ---------------------------------------------------------------------------------
 
