@@ -18,8 +18,10 @@ from rich.console import Console
 
 from zmqbus.cli.forms import FIELDS, Fields
 from zmqbus.cli.render import (
+    BYTES_SHOWN,
     COMPACT_DEPTH_MAX,
     HEX_BYTES_MAX,
+    ROWS_MAX,
     FormatString,
     LastPerTopic,
     Line,
@@ -106,16 +108,18 @@ def test_escape_is_for_eyes() -> None:
         ("a b\n", r"a b\n"),
         ('say "hi" \\', 'say "hi" \\'),
         ("", ""),
-        (b"", "||"),
+        (b"", 'b""'),
         (b"\x00hi", "006869 |.hi|"),
-        (b"0123456789abcdef", "30313233343536373839616263646566 |0123456789abcdef|"),
-        (b"0123456789abcdefg", "30313233343536373839616263646566… |0123456789abcdef…|"),
+        (b"caf\xe9 au\tlait \x1b[m", r'b"caf\xe9 au\tlait \x1b[m"'),
+        ("grün".encode(), 'b"grün"'),
+        (b'a "b" \\', r'b"a \"b\" \\"'),
+        (b"\xff\xfe", "fffe |..|"),
         (datetime(2026, 1, 1, tzinfo=UTC), "2026-01-01T00:00:00.000000Z"),
-        (Ext(5, b"x"), "ext(5, 78 |x|)"),
+        (Ext(5, b"x"), 'ext(5, b"x")'),
         ([], "[]"),
         ({}, "{}"),
         ((1, "a"), '[1,"a"]'),
-        ({"a": [1, {"b\n": None}], 2: b"x"}, r'{"a":[1,{"b\n":null}],2:78 |x|}'),
+        ({"a": [1, {"b\n": None}], 2: b"x"}, r'{"a":[1,{"b\n":null}],2:b"x"}'),
         (['say "hi" \\', "\x1b"], r'["say \"hi\" \\","\x1b"]'),
     ],
 )
@@ -124,6 +128,14 @@ def test_compact(value: Any, text: str) -> None:
     assert compact(value, len(text)) == text
     if len(text) > 1:
         assert compact(value, len(text) - 1) == text[: len(text) - 2] + "…"
+
+
+def test_binary_is_whole_in_a_pipe_and_seen_in_both_forms_on_a_terminal() -> None:
+    data = bytes(range(40))
+    assert compact(data) == f"{data.hex()} |{'.' * 32} !\"#$%&'|"
+    assert compact(data, 80) == f"{data[:16].hex()}… |{'.' * 16}…|"
+    assert compact(b"x" * 500) == f'b"{"x" * 500}"'
+    assert compact(b"x" * 500, 80) == f'b"{"x" * 77}…'
 
 
 def test_compact_looks_only_at_what_it_shows() -> None:
@@ -151,9 +163,9 @@ SCALARS = (
     | st.floats()
     | st.text()
     | st.sampled_from(HOSTILE)
-    | st.binary()
+    | st.binary(max_size=BYTES_SHOWN)
     | st.datetimes(timezones=st.just(UTC))
-    | st.builds(Ext, st.integers(-128, 127), st.binary())
+    | st.builds(Ext, st.integers(-128, 127), st.binary(max_size=BYTES_SHOWN))
 )
 VALUES = st.recursive(
     SCALARS,
@@ -212,17 +224,68 @@ def test_line_shows_local_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_line_on_a_terminal_is_coloured_and_cut() -> None:
-    assert line(60).render(fields({"status": 500, "path": "/index"})) == (
+    assert line(60).render(fields("GET /index HTTP/1.1")) == (
         "\x1b[2m03:53:20.123\x1b[0m\x1b[36m  logs.web1\x1b[0m\x1b[32m  web1#42\x1b[0m"
-        '\x1b[2m  23 B\x1b[0m\x1b[2m  250ms\x1b[0m  {"status":50…'
+        "\x1b[2m  20 B\x1b[0m\x1b[2m  250ms\x1b[0m  GET /index H…"
     )
 
 
 def test_no_color_leaves_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    rendered = line(60).render(fields({"status": 500, "path": "/index"}))
-    assert rendered == '03:53:20.123  logs.web1  web1#42  23 B  250ms  {"status":50…'
+    rendered = line(60).render(fields("GET /index HTTP/1.1"))
+    assert rendered == "03:53:20.123  logs.web1  web1#42  20 B  250ms  GET /index H…"
     assert cell_len(rendered) == 60
+
+
+def test_a_map_is_spread_out_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"status": 500, "path": "/index"}
+    coloured = line(80).render(fields(value))
+    assert coloured.endswith('\x1b[33m  status: \x1b[0m500\x1b[33m  path: \x1b[0m"/index"')
+    monkeypatch.setenv("NO_COLOR", "1")
+    head = "03:53:20.123  logs.web1  web1#42  23 B  250ms"
+    assert line(80).render(fields(value)) == f'{head}  status: 500  path: "/index"'
+    assert line(60).render(fields(value)) == f'{head}\n    status: 500\n    path: "/index"'
+    assert line(60).render(fields({})) == f"{head.replace('23 B', '1 B')}  {{}}"
+
+
+def test_a_map_that_does_not_fit_is_wrapped_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    value = {"agent": "x" * 50, "tags": ["one", {"deep": "y" * 20, "more": [1, 2]}], 7: None}
+    head, *rows = line(40).render(fields(value)).splitlines()
+    assert head == "03:53:20.123  logs.web1  web1#42  106 B…"
+    assert rows == [
+        "    agent:",
+        '        "' + "x" * 31,
+        "        " + "x" * 19 + '"',
+        "    tags:",
+        '        - "one"',
+        "        -",
+        '            deep: "' + "y" * 20 + '"',
+        "            more: [1,2]",
+        "    7: null",
+    ]
+    rows = line(40).render(fields({f"key{i}": i for i in range(1000)})).splitlines()
+    assert len(rows) == 1 + ROWS_MAX + 1
+    assert rows[-1] == "    …"
+
+
+def test_a_brief_line_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    brief = Line(Console(file=Terminal(), width=60), brief=True).render(fields({"status": 500, "path": "/index"}))
+    assert brief == '03:53:20.123  logs.web1  web1#42  23 B  250ms  {"status":50…'
+
+
+def test_headers_are_shown() -> None:
+    rendered = line().render(fields("hi", headers={"trace": "7f3a", "n\x1b": 2}))
+    assert rendered == r"03:53:20.123  logs.web1  web1#42  3 B  250ms  [trace=7f3a n\x1b=2]  hi"
+
+
+@pytest.mark.parametrize("width", range(1, 90, 4))
+def test_a_map_never_exceeds_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    value = {"日本" * 30: {"a": "日本" * 40, "b": [[["日本" * 9]]]}, "k": 7}
+    rendered = line(width).render(fields(value, topic="日.本"))
+    assert all(cell_len(row) <= width for row in rendered.splitlines())
 
 
 def test_a_dumb_terminal_gets_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,8 +340,8 @@ def test_no_message_can_steer_the_terminal(value: Any, topic: str, node: str, wi
     # Our colours come in pairs and are the only control sequences; a peer's ESC would be left over.
     plain = SGR.sub("", rendered)
     assert all(row.isprintable() for row in plain.split("\n"))
-    assert dump or "\n" not in plain
-    assert set(SGR.findall(rendered)) <= {"\x1b[2m", "\x1b[36m", "\x1b[32m", "\x1b[0m"}
+    assert dump or (width is not None and type(value) in (dict, list)) or "\n" not in plain
+    assert set(SGR.findall(rendered)) <= {"\x1b[2m", "\x1b[36m", "\x1b[32m", "\x1b[33m", "\x1b[0m"}
 
 
 def test_a_peers_own_colours_are_shown_as_text() -> None:
@@ -310,7 +373,6 @@ RICH = {
 @pytest.mark.parametrize(
     ("template", "text"),
     [
-        ("", ""),
         ("plain {{braces}}", "plain {braces}"),
         ("{topic} {seq} {origin} {node} {size}", "logs.web1 42 0000000000000abc web1 113"),
         ("{headers} {headers.k} {headers.nope}", '{"k":"v"} v '),
@@ -342,6 +404,7 @@ def test_template(template: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
+        ("", "it is empty"),
         ("{status}", "unknown field 'status'; there are topic, value, seq, origin, node, time, age, size, headers"),
         ("{}", "is not a field"),
         ("{0}", "unknown field '0'"),
@@ -371,6 +434,11 @@ def test_a_bad_template_says_what_is_wrong(template: str, reason: str) -> None:
     assert isinstance(caught.value, ZmqbusError)
     assert reason in str(caught.value)
     assert caught.value.template == template
+
+
+def test_a_template_shows_bytes_that_are_text() -> None:
+    assert FormatString("{value}").render(fields(b"caf\xe9 au lait")) == r"caf\xe9 au lait"
+    assert FormatString("{value}").render(fields(b"\x00\x01")) == "0001"
 
 
 def test_a_template_reaches_no_python_attributes() -> None:
