@@ -58,7 +58,7 @@ class Tally:
             f"{plural(seen, 'message')} shown"
             if shown == f"{seen:,} matched and shown"
             else f"{plural(seen, 'message')} seen, {shown}",
-            f"{self.unseen:,} not shown: they came faster than that" if self.unseen else "",
+            f"{self.unseen:,} not shown: they came faster than they could be" if self.unseen else "",
             loss_report(self, self.name),
         )
         return "; ".join(filter(None, parts))
