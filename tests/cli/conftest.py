@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -26,9 +26,11 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start `zmqbus …` as a process; whatever still runs at the end is ended."""
     started: list[subprocess.Popen[str]] = []
 
-    def run(*args: str, **options: Any) -> subprocess.Popen[str]:
+    def run(
+        *args: str, command: Sequence[str] = (sys.executable, "-m", "zmqbus"), **options: Any
+    ) -> subprocess.Popen[str]:
         defaults = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen([sys.executable, "-m", "zmqbus", *args], **(defaults | options))
+        process = subprocess.Popen([*command, *args], **(defaults | options))
         started.append(process)
         return process
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.cli.commands import finish
+from tests.cli.commands import Terminal, finish
 from zmqbus.cli.demo import Account, Source, find_counters, find_logs, is_text, settle, sources
-from zmqbus.cli.demo.crew import Seen, lines_of
+from zmqbus.cli.demo.crew import SPIKE_LINES, Seen, lines_of, spike
 from zmqbus.errors import SetupError
 
 
@@ -37,6 +38,46 @@ def test_demo_accounts_for_every_line(tmp_path: Path, start: Callable[..., subpr
     assert steady["sent"] == paused["sent"] == account["lines"] > 250_000
     assert 100 <= late["sent"] < account["lines"]
     assert "all have found each other by mDNS" in err
+
+
+def test_demo_ships_counters_where_no_log_can_be_read(start: Callable[..., subprocess.Popen[str]]) -> None:
+    """With an empty /var/log, in a mount namespace of its own."""
+    alone = ["unshare", *(["--mount"] if os.geteuid() == 0 else ["--map-root-user", "--mount"])]
+    if subprocess.run(
+        [*alone, "mount", "-t", "tmpfs", "none", "/var/log"], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("needs permission to mount something over /var/log")
+    script = 'mount -t tmpfs none /var/log && exec "$@"'
+    demo = [sys.executable, "-m", "zmqbus", "demo", "--seconds", "1s", "--rate", "2000"]
+    code, out, err = finish(start(command=[*alone, "sh", "-c", script, "sh", *demo]))
+    assert code == 0, err
+    assert "/proc/stat" in out
+    assert "/var/log" not in out
+    assert "Proved: " in out
+
+
+def test_demo_counts_during_the_spike() -> None:
+    """A shipper reports while it is busy, or its count would stand still on the screen."""
+    reports: list[int] = []
+    publisher: Any = SimpleNamespace(seq=0)
+
+    def send(line: str) -> None:
+        publisher.seq += 1
+
+    publisher.send = send
+    spike(publisher, iter(lambda: "line", None), lambda: reports.append(publisher.seq))
+    assert len(reports) > 5
+    assert reports == sorted(set(reports))
+    assert publisher.seq == SPIKE_LINES
+
+
+def test_demo_leaves_nobody_behind_on_ctrl_c() -> None:
+    with Terminal("demo", "--seconds", "10m", "/proc/stat") as demo:
+        demo.until("lines per second")
+        demo.interrupt()
+        demo.interrupt()
+        code, _ = demo.end()
+    assert code == 130
 
 
 def test_demo_sees_what_is_missing() -> None:

@@ -23,10 +23,7 @@ from zmqbus.cli.render import (
     HEX_BYTES_MAX,
     ROWS_MAX,
     FormatString,
-    LastPerTopic,
     Line,
-    TopicRow,
-    TopicTable,
     compact,
     escape,
     hexdump,
@@ -470,60 +467,3 @@ def test_any_template_is_refused_or_renders_printably(template: str, value: Any,
     rendered = form.render(fields(value, topic=topic, node=topic, headers={"a": value}))
     if template.isprintable() and "\\" not in template:
         assert rendered.isprintable()
-
-
-# --- tables ------------------------------------------------------------------------------------
-
-
-def test_topic_table_counts_and_sorts() -> None:
-    table = TopicTable()
-    assert table.rows(now=0.0) == []
-    for topic, size in (("b", 10), ("a", 5), ("c", 1), ("c", 2)):
-        table.add(topic, size, now=100.0)
-    rows = table.rows(now=104.0)
-    assert [(row.topic, row.count, row.bytes) for row in rows] == [("c", 2, 3), ("a", 1, 5), ("b", 1, 10)]
-    assert [row.rate for row in rows] == [0.5, 0.25, 0.25]
-
-
-def test_topic_table_rate_slides() -> None:
-    table = TopicTable(window=5.0)
-    for i in range(100):  # ten a second, for ten seconds
-        table.add("t", 1, now=100.0 + i * 0.1)
-    assert table.rows(now=110.0)[0].rate == pytest.approx(10.0, rel=0.05)
-    assert table.rows(now=112.5)[0].rate == pytest.approx(5.0, rel=0.15)
-    assert table.rows(now=115.5)[0].rate == 0.0
-    assert table.rows(now=1e9)[0].rate == 0.0
-    table.add("t", 1, now=1e9)
-    assert 0 < table.rows(now=1e9)[0].rate <= 0.25
-    assert table.rows(now=1e9)[0].count == 101
-
-
-def test_topic_table_rate_at_its_start_and_with_a_late_topic() -> None:
-    table = TopicTable(window=5.0)
-    for _ in range(10):
-        table.add("early", 1, now=100.0)
-    assert table.rows(now=100.0)[0].rate == 20.0  # over half a second at least: one part of the window
-    assert table.rows(now=101.0)[0].rate == 10.0
-    table.add("late", 1, now=101.0)
-    assert table.rows(now=102.0)[1] == TopicRow("late", 1, 1, 0.5)
-
-
-def test_topic_table_is_bounded_and_says_what_it_dropped() -> None:
-    table = TopicTable(topics_max=2)
-    for topic in ("a", "b", "c", "a", "d", "c"):
-        table.add(topic, 1, now=1.0)
-    assert [(row.topic, row.count) for row in table.rows(now=1.0)] == [("a", 2), ("b", 1)]
-    assert table.dropped == 3
-
-
-def test_rows_print_safely() -> None:
-    assert TopicRow("t\x1b[31m", 12_345, 2048, 1234.0).cells() == (r"t\x1b[31m", "12,345", "2 KiB", "1.2k/s")
-
-
-def test_last_per_topic() -> None:
-    last = LastPerTopic(topics_max=2)
-    messages = [Message(topic, i, i, 1, 0.0) for i, topic in enumerate(["b", "a", "b", "c", "a", "c"])]
-    for message in messages:
-        last.add(message)
-    assert last.messages() == [messages[4], messages[2]]
-    assert last.dropped == 2

@@ -73,7 +73,7 @@ def blocks(stream: BufferedIOBase) -> Iterator[bytes]:
 
 
 def lines(source: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines without their ends, as they come. Raises UsageError for one that no message can carry."""
+    """Lines without their ends, as they come. Raises ParseError for one that no message can carry."""
     rest = bytearray()
     number = 0
     for block in source:
@@ -92,9 +92,11 @@ def lines(source: Iterable[bytes]) -> Iterator[bytes]:
 
 def _check_length(line: bytearray, number: int) -> None:
     if len(line) > MESSAGE_BYTES_MAX:
-        raise click.UsageError(
-            f"line {number} of standard input is longer than a message may be: {MESSAGE_BYTES_MAX:,} bytes; split it"
+        begin = line[:80].decode(errors="replace")
+        reason = (
+            f"line {number} of standard input is longer than a message may be ({MESSAGE_BYTES_MAX:,} bytes); split it"
         )
+        raise ParseError("message", begin, reason)
 
 
 def line_values(source: Iterable[bytes], as_json: bool) -> Iterator[Any]:
