@@ -23,6 +23,7 @@ from zmqbus.cli import shell
 from zmqbus.cli.group import cli
 from zmqbus.cli.pubsub import Pacer
 from zmqbus.cli.shell.output import loss_report
+from zmqbus.cli.tap import drain
 
 DOCS = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 
@@ -265,6 +266,23 @@ def test_tap_shows_tables_and_last_messages(start: Callable[..., subprocess.Pope
     assert [(row["topic"], row["messages"], row["bytes"]) for row in rows] == [("t.a", 4, 28), ("t.b", 1, 6)]
     assert [line.split("  ")[1:3] for line in latest.splitlines()] == [["t.a", "web#4"], ["t.b", "web#1"]]
     assert "00000000  00 72 61 77" in dump
+
+
+def test_a_full_queue_drops_the_oldest_and_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "MESSAGES_MAX", 10)
+    monkeypatch.setattr(drain, "BYTES_MAX", 1000)
+
+    def left(sizes: list[int]) -> tuple[list[int], int]:
+        messages: Any = [zmqbus.Message("t", bytes(size), i + 1, 1, 0.0) for i, size in enumerate(sizes)]
+        queue = drain.Drain(messages)
+        while queue.dropped + len(queue) < len(sizes):
+            select.select([], [], [], 0.001)
+        return [message.seq for message in queue.take(0)], queue.dropped
+
+    assert left([1] * 10) == (list(range(1, 11)), 0)
+    assert left([1] * 25) == (list(range(16, 26)), 15)
+    assert left([400] * 5) == ([4, 5], 3)
+    assert left([1, 5000]) == ([2], 1)  # one that is larger is shown nevertheless
 
 
 def test_tap_never_waits_for_its_reader(start: Callable[..., subprocess.Popen[str]], bus: str) -> None:

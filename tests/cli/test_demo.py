@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,13 +72,14 @@ def test_demo_counts_during_the_spike() -> None:
     assert publisher.seq == SPIKE_LINES
 
 
-def test_demo_leaves_nobody_behind_on_ctrl_c() -> None:
-    with Terminal("demo", "--seconds", "10m", "/proc/stat") as demo:
+def test_demo_leaves_nobody_and_nothing_behind_on_ctrl_c(tmp_path: Path) -> None:
+    with Terminal("demo", "--seconds", "10m", "/proc/stat", TMPDIR=str(tmp_path)) as demo:
         demo.until("lines per second")
+        os.killpg(demo.process.pid, signal.SIGINT)  # as a terminal does
         demo.interrupt()
-        demo.interrupt()
-        code, _ = demo.end()
+        code, _ = demo.end()  # when all have let go of the terminal
     assert code == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_demo_sees_what_is_missing() -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,6 +212,7 @@ class Crew:
         # Children of a server that has imported everything once start in milliseconds, and inherit no threads.
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload(["zmqbus.cli.demo", "zmqbus.node.node"])
+        resource_tracker.ensure_running()  # which would let signals through again
         # Ctrl-C, which a terminal sends to all, is our business alone; they inherit this.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

@@ -56,7 +56,7 @@ class Output:
         self._encoding = sys.stdout.encoding
         self._pending = bytearray()
         self._ends: deque[int] = deque()  # of messages that are pending, in bytes since the beginning
-        self._queued = self._written = 0
+        self._written = 0
         self._shown = 0
 
     def put(self, text: str) -> None:
@@ -81,7 +81,7 @@ class Output:
                     return
             elif now() >= until:
                 return
-            if self._poll is None or self._poll.poll(PEEK * 1000 if until is None else (until - now()) * 1000):
+            if self._poll is None or self._poll.poll(1000 * (PEEK if until is None else max(0.0, until - now()))):
                 written = self._raw.write(bytes(self._pending[:STEP_BYTES])) or 0
                 del self._pending[:written]
                 self._written += written

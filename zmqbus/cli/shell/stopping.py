@@ -8,6 +8,7 @@ and that is ignored.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -84,9 +85,10 @@ def _overdue(number: int, frame: FrameType | None) -> NoReturn:
 def conclude(code: int) -> NoReturn:
     """The command has ended, and so does the process."""
     if _asked:
+        atexit._run_exitfuncs()
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.flush()
-        os._exit(code)  # without waiting for anything that is still under way
+        os._exit(code)  # without taking apart what is still under way
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
