@@ -5,6 +5,7 @@ Stopping is quiet and takes bounded time, however early or often it is asked for
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import select
@@ -15,10 +16,12 @@ import time
 from collections.abc import Callable
 
 import pytest
+from rich.console import Console
 
 import zmqbus
 from tests.cli.commands import PATIENCE, Terminal, finish, plain
 from zmqbus.cli.render import LastPerTopic, TopicRow, TopicTable
+from zmqbus.cli.shell.output import Column, make_table
 from zmqbus.cli.shell.stopping import LEAVE_MAX
 from zmqbus.protocol.message import Message
 
@@ -91,6 +94,20 @@ def test_last_per_topic() -> None:
     assert last.dropped == 2
 
 
+@pytest.mark.parametrize("width", range(20, 120))
+def test_what_is_to_be_copied_is_never_folded(width: int) -> None:
+    columns = (Column("name"), Column("id", whole=True, spare=2), Column("inbox", whole=True), Column("role", spare=3))
+    row = ["a name of some length", "0123456789abcdef", "tcp://127.0.0.1:33109", "node"]
+    console = Console(width=width, file=io.StringIO())
+    console.print(make_table(columns, [row], width), crop=False)
+    shown = console.file.getvalue()
+    assert row[2] in shown
+    assert ("id" in shown) == (row[1] in shown) == (width >= 61)
+    assert ("role" in shown) == (width >= 68)
+    if width >= 42:
+        assert all(len(line.rstrip()) <= width for line in shown.splitlines())
+
+
 # --- what is seen ------------------------------------------------------------------------------
 
 
@@ -142,7 +159,7 @@ def test_nodes_never_folds_an_endpoint(columns: int, bus: str) -> None:
         code, shown = nodes.end()
     assert code == 0
     assert node.endpoints["inbox"] in plain(shown)
-    assert columns < 80 or f"{node.origin:016x}" in plain(shown)
+    assert columns < 200 or f"{node.origin:016x}" in plain(shown)
     assert columns < 200 or "release" in plain(shown)
     assert "\x1b[1m" in shown
 

@@ -170,12 +170,22 @@ def _wait_for(node: Node, topic: str, wanted: int, timeout: float | None) -> int
 def _leave(node: Node, patience: float) -> list[Undelivered]:
     """Close the node; returns who had not confirmed everything. Raises Stopped if asked to stop meanwhile."""
     late: list[Undelivered] = []
-    leaving = Thread(target=lambda: late.extend(node.close(patience)), name="zmqbus pub leaving", daemon=True)
+    failed: list[Exception] = []
+
+    def close() -> None:
+        try:
+            late.extend(node.close(patience))
+        except Exception as error:
+            failed.append(error)
+
+    leaving = Thread(target=close, name="zmqbus pub leaving", daemon=True)
     leaving.start()
     while leaving.is_alive():
         leaving.join(stopping.PEEK)
         if patience > CONFIRM_STOPPED:  # else it was asked before
             stopping.check()
+    if failed:
+        raise failed[0]
     return late
 
 

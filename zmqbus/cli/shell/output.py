@@ -23,7 +23,8 @@ BLOCK_BYTES = 64 * 1024  # gathered before it is written, while more comes
 STEP_BYTES = 4096  # at a time: what a pipe that is ready takes without blocking
 PATIENCE = 1.0  # seconds that whoever reads our output has for the rest of it when we end
 GAPS_SHOWN = 20  # ranges in a report
-FOLDED = 10  # cells that a column keeps, when texts have to be folded
+FOLDED = 16  # cells that a column keeps, when texts have to be folded
+GAP = 3  # cells between columns; one more on either side of the table
 
 
 def on_terminal() -> bool:
@@ -148,7 +149,7 @@ def make_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: 
     widths = [max(map(cell_len, cells)) for cells in zip([one.heading for one in columns], *rows, strict=True)]
     least = [full if one.whole else min(full, FOLDED) for one, full in zip(columns, widths, strict=True)]
     shown = list(range(len(columns)))
-    while sum(least[i] + 2 for i in shown) > width + 2 and any(columns[i].spare for i in shown):
+    while sum(least[i] + GAP for i in shown) - GAP + 2 > width and any(columns[i].spare for i in shown):
         shown.remove(max(shown, key=lambda i: columns[i].spare))
     table = Table(box=box.SIMPLE_HEAD, header_style="bold" if colored() else "", pad_edge=False)
     for i in shown:
