@@ -347,3 +347,21 @@ def test_ctrl_z_reaches_a_tap_that_waits_for_its_reader(start: Start, bus: str) 
     )
     assert found is not None, err
     assert len(shown) == int(found[1].replace(",", ""))
+
+
+def test_sub_says_what_its_reader_did_not_take(start: Start, bus: str) -> None:
+    with zmqbus.Node("fast", bus=bus) as node:
+        sub = start("sub", "fast")
+        node.wait_for_subscribers("fast", 1, PATIENCE)
+        for i in range(30_000):
+            node.publish("fast", i)
+        assert sub.stdout is not None
+        select.select([sub.stdout], [], [], PATIENCE)
+        time.sleep(0.5)
+        sub.send_signal(signal.SIGINT)
+        sub.wait(PATIENCE)
+        code, out, err = finish(sub)
+    assert code == 130
+    found = re.fullmatch(r"zmqbus: ([\d,]+) messages received, ([\d,]+) of them shown.*; nothing lost\n", err)
+    assert found is not None, err
+    assert out.count("\n") == int(found[2].replace(",", "")) < int(found[1].replace(",", ""))

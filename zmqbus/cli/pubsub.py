@@ -311,7 +311,7 @@ def renderer(template: str | None, as_json: bool) -> Callable[[Fields], str]:
     help="Begin with the last N messages of each stream, as far as their publishers still hold them.",
 )
 @click.option("--fail-on-loss", is_flag=True, help="Exit with 4 if messages were lost.")
-@click.option("-q", "--quiet", is_flag=True, help="No report at the end, unless messages were lost.")
+@click.option("-q", "--quiet", is_flag=True, help="No report at the end, unless messages were lost or not shown.")
 @click.pass_obj
 def sub(
     bus: Bus,
