@@ -242,7 +242,7 @@ def test_a_key_that_does_not_fit_is_the_last_word(args: tuple[str, ...], tmp_pat
         code, out, err = run("--key-file", ours, "--interface", "127.0.0.1", "--peer", peer, *args)
     assert (code, out) == (77, "")
     last = err.splitlines()[-1]
-    assert last.startswith(f"zmqbus: nobody was reached: {peer} is on bus {bus!r} but refused us: its key")
+    assert last.startswith(f"zmqbus: nobody was reached: cannot join {peer} on bus {bus!r}: it")
     assert "no other node" not in err
     assert "nobody was subscribed" not in err
 

@@ -306,7 +306,7 @@ def test_close_waits_until_subscribers_have_all(pair: tuple[zmqbus.Node, zmqbus.
 def test_what_was_received_outlives_its_publisher(
     pair: tuple[zmqbus.Node, zmqbus.Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zmqbus.node.registry.LEAVE_PATIENCE", 0.1)
+    monkeypatch.setattr("zmqbus.node.peers.registry.LEAVE_PATIENCE", 0.1)
     a, b = pair
     events = b.events()
     subscription = b.subscribe("testament")

@@ -9,8 +9,8 @@ import pytest
 
 import zmqbus
 from tests.node.conftest import drain, eventually
-from zmqbus.node import publishing
 from zmqbus.node.engine import FRAMES_QUEUED
+from zmqbus.node.publishing import publisher as publishing
 
 
 def test_at_a_low_rate_every_message_is_a_frame_and_waits_for_nothing(

@@ -13,9 +13,8 @@ import os
 import secrets
 import socket as system
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 from zmqbus.errors import (
     ForkedProcess,
@@ -27,22 +26,22 @@ from zmqbus.errors import (
     ZmqbusError,
 )
 from zmqbus.net.clock import now, time_ns
-from zmqbus.net.discovery import check_bus
-from zmqbus.net.interfaces import is_loopback, resolve_interface
-from zmqbus.net.keys import BusKey
-from zmqbus.net.sockets import NO_KEY, Socket, SocketFactory, parse_endpoint
+from zmqbus.net.sockets import Role, Socket, SocketFactory, parse_endpoint
 from zmqbus.net.waker import Waker
 from zmqbus.net.zap import ZapHandler, strangers_are_refused
 from zmqbus.node import RELEASE
+from zmqbus.node.config import Config
 from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
 from zmqbus.node.intake import Intake
-from zmqbus.node.links import Broadcast, Feed, Gate, Inbox
-from zmqbus.node.peering import Peering
-from zmqbus.node.publishing import STREAMS_MAX, TICK, Outlet
+from zmqbus.node.peers.peering import Peering
+from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
+from zmqbus.node.publishing.publisher import TICK
+from zmqbus.node.wiring.broadcast import Broadcast
+from zmqbus.node.wiring.feed import Feed, Gate
+from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
 from zmqbus.protocol.frames import decode_batches
-from zmqbus.protocol.history import HISTORY_BYTES_MAX
 from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.topics import Matcher, check_pattern, covering_prefixes
 from zmqbus.protocol.tracking import Fetch, Gap
@@ -59,60 +58,6 @@ FRAMES_QUEUED = 64
 LINGER_MS = 500  # for what the kernel has not taken yet when a node closes
 TOPICS_PER_STATS = 1000
 FETCH_BYTES = 1024 * 1024  # per answer: large enough to be quick, small enough to share the link
-
-
-class Config(NamedTuple):
-    """What a node was asked to be, checked."""
-
-    name: str
-    bus: str
-    key: BusKey | None
-    interface: str | None
-    peers: tuple[str, ...]
-    mdns: bool
-    history_bytes: int
-
-    @classmethod
-    def make(
-        cls,
-        name: str | None,
-        bus: str,
-        key: str | Path | BusKey | None,
-        interface: str | None,
-        peers: Sequence[str],
-        discovery: str,
-        history_bytes: int | None,
-    ) -> Config:
-        """Check what a user gave.
-
-        Raises:
-            SetupError, KeyFileError
-        """
-        if name is None:
-            name = f"{system.gethostname()}-{os.getpid()}"
-        if not name or len(name) > 255 or not name.isprintable():
-            raise SetupError(f"node name {name!r}: use 1 to 255 printable characters")
-        check_bus(bus)
-        if isinstance(peers, str):
-            raise SetupError(f"peers is a list of endpoints, not one string: peers=[{peers!r}]")
-        for peer in peers:
-            host, _ = parse_endpoint(peer)
-            if key is None and not is_loopback(host):
-                raise SetupError(f"peer {peer} is not on this machine: {NO_KEY}")
-        if discovery not in ("mdns", "static", "both"):
-            raise SetupError(f"discovery={discovery!r}: use 'mdns', 'static' or 'both'")
-        if key is not None and not isinstance(key, BusKey):
-            key = BusKey.load(key)
-        if interface is not None:
-            interface = resolve_interface(interface)
-        elif key is None:
-            interface = "127.0.0.1"
-        if key is None and interface is not None and not is_loopback(interface):
-            raise SetupError(f"interface {interface} is open to the network: {NO_KEY}")
-        if history_bytes is not None and history_bytes < 0:
-            raise SetupError(f"history_bytes={history_bytes}: use 0 or more")
-        size = HISTORY_BYTES_MAX if history_bytes is None else history_bytes
-        return cls(name, bus, key, interface, tuple(peers), discovery != "static", size)
 
 
 class Engine:
@@ -158,17 +103,21 @@ class Engine:
         host = config.interface or "0.0.0.0"
         if config.key is not None:
             self._zap = ZapHandler(factory, config.key, self._loop)
-        router, pub = factory.router(frame_bytes_max=COMMAND_BYTES_MAX), factory.pub(FRAMES_QUEUED)
-        inbox_port = parse_endpoint(factory.bind(router, host))[1]
-        pub_port = parse_endpoint(factory.bind(pub, host))[1]
-        self._own_pub = factory.bind_inproc(pub, f"pub-{self.origin:016x}")
+        router = factory.router(frame_bytes_max=COMMAND_BYTES_MAX)
+        pub, tap = factory.pub(FRAMES_QUEUED), factory.pub(FRAMES_QUEUED, drops=True)
+        bound: dict[Role, Socket] = {"inbox": router, "pub": pub, "tap": tap}
+        ports = {role: parse_endpoint(factory.bind(socket, host))[1] for role, socket in bound.items()}
+        self._own_pubs = (
+            factory.bind_inproc(pub, f"pub-{self.origin:016x}"),
+            factory.bind_inproc(tap, f"tap-{self.origin:016x}"),
+        )
         self._waker = Waker(factory, f"waker-{self.origin:016x}")
-        broadcast = Broadcast(pub, self._start_ticking)
+        broadcast = Broadcast(pub, tap, self._start_ticking)
         self.outlet = Outlet(broadcast, self.origin, config.history_bytes, self._start_ticking, self._in_turns)
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
             await strangers_are_refused(
-                factory, config.key, {"inbox": f"tcp://{probe}:{inbox_port}", "pub": f"tcp://{probe}:{pub_port}"}
+                factory, config.key, {role: f"tcp://{probe}:{port}" for role, port in ports.items()}
             )
         place = {"host": system.gethostname(), "pid": os.getpid(), "release": RELEASE}
         self.peering = Peering(
@@ -181,7 +130,7 @@ class Engine:
             interface=config.interface,
             seeds=config.peers,
             mdns=config.mdns,
-            ports=(inbox_port, pub_port),
+            ports=ports,
         )
         self._inbox = Inbox(router, self._loop, self.peering.on_command, self.garbage)
         self.refusal = None
@@ -272,6 +221,7 @@ class Engine:
         value_type: Any,
         history: int,
         on_gap: str,
+        observe: bool,
         wake: Callable[[], None] | None = None,
     ) -> Intake:
         """Open a subscription; done when every known publisher has registered it.
@@ -290,6 +240,8 @@ class Engine:
             raise SetupError(f"history={history!r}: use a whole number, 0 or more")
         if on_gap not in ("skip", "raise"):
             raise SetupError(f"on_gap={on_gap!r}: use 'skip' or 'raise'")
+        if observe and history:
+            raise SetupError("history is fetched from publishers, and who only observes asks nothing of them")
         socket = self._factory.sub(FRAMES_QUEUED)
         for prefix in covering_prefixes(patterns):
             socket.subscribe(prefix)
@@ -305,9 +257,10 @@ class Engine:
             value_type=value_type,
             history=history,
             raise_gaps=on_gap == "raise",
+            observes=observe,
         )
         self.intakes[intake.number] = intake
-        intake.feed.connect(self._own_pub)
+        intake.feed.connect(self._own_pubs[observe])
         intake.heads(self.origin, self.heads(intake.patterns), more=False)
         self.peering.connect(intake)
         if not await registry.until(lambda: not registry.unregistered(intake), REGISTER_TIMEOUT):

@@ -23,6 +23,10 @@ class Warned(msgspec.Struct, frozen=True):
     reason: str
 
 
+class KeyMismatch(Warned, frozen=True):
+    """A peer cannot be joined, because it has another bus key than this node, or only one of them has one."""
+
+
 class Undelivered(msgspec.Struct, frozen=True):
     """What `close()` could not wait for: a subscriber that had not confirmed everything when time was up."""
 

@@ -23,7 +23,7 @@ from zmqbus.net.clock import now, sleep
 
 if TYPE_CHECKING:
     from zmqbus.node.node import Node, Subscription
-    from zmqbus.node.publishing import Publisher
+    from zmqbus.node.publishing.publisher import Publisher
 
 LINE_BYTES_MAX = 16 * 1024
 # A stopped aggregator misses something once the queues on the way to it are full: 512 batches, and some megabytes in

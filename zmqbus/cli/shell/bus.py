@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from zmqbus.protocol.message import Message
 
 PAUSE_EVERY = 0.1  # seconds: how often output is let out while more and more comes
-REFUSED = "refused us"  # how a node says that a peer would not have it, …
-KEYS = "key does not fit"  # … and that this is the reason
 
 # --- options -----------------------------------------------------------------------------------
 
@@ -148,7 +146,7 @@ class Watch:
     def poll(self) -> None:
         """Take note of what has happened."""
         from zmqbus.cli.render import escape
-        from zmqbus.node.events import Warned
+        from zmqbus.node.events import KeyMismatch, Warned
         from zmqbus.protocol.peers import PeerJoined
 
         while (event := self._events.get(0)) is not None:
@@ -157,7 +155,7 @@ class Watch:
                     self.names[peer.origin] = peer.name
                 case Warned(reason=reason):
                     remark(f"warning: {escape(reason)}")
-                    if REFUSED in reason and KEYS in reason:
+                    if isinstance(event, KeyMismatch):
                         self.refused = escape(reason)
         if self.names:
             self.refused = ""

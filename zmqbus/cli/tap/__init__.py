@@ -105,7 +105,7 @@ class Sniffer:
     def _stay(self) -> bool:
         """Until it is over (False), or Ctrl-Z came (True)."""
         tally, view, fits = self.tally, self._view, self._fits
-        with self._bus.join("tap") as (node, watch), node.subscribe(*self._patterns) as subscription:
+        with self._bus.join("tap") as (node, watch), node.subscribe(*self._patterns, observe=True) as subscription:
             if self._until is None:
                 greet(self._patterns, self._bus)
                 self._until = now() + (inf if self._seconds is None else self._seconds)

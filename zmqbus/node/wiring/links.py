@@ -1,49 +1,35 @@
-"""Connections: a `Link` is the DEALER to one peer's inbox, the `Inbox` our own ROUTER, a `Feed` a SUB to many PUBs,
-the `Broadcast` our own PUB.
+"""Commands on the wire: a `Link` is the DEALER to one peer's inbox, the `Inbox` our own ROUTER.
 
-A link asks and gets answers, an inbox is asked and answers. What a command *means* is not known here. A feed is
-connected and kept connected here, and read by somebody else. All of it runs on the engine's loop, but for the
-broadcast, which runs wherever somebody publishes.
+A link asks and gets answers, an inbox is asked and answers. What a command *means* is not known here. All of it runs
+on the engine's loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import random
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from math import inf
-from threading import Lock
 
 from zmqbus.errors import RemoteProtocolError, ZmqbusError
 from zmqbus.net.adapter import FdWatch
-from zmqbus.net.clock import now
 from zmqbus.net.sockets import (
     EVENTS,
     LINGER,
     NOBLOCK,
     POLLOUT,
-    SNDMORE,
-    XPUB_NODROP,
     Again,
     Refused,
     Socket,
     SocketFactory,
     parse_monitor,
-    plain_send,
 )
 from zmqbus.protocol.commands import Body, Command, Error, UnknownCommand, decode_command, encode_command
 
 DRAIN_MAX = 64  # commands taken in a row before other work has its turn
-REDIAL = (0.5, 1.5)  # seconds, after a failed handshake
 HANG_UPS_WITHIN = 2.0  # seconds between two, for a verdict: libzmq dials again within 0.4
 MECHANISM_MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: one of the two has no key
 PASS_KEY = "pass it one: key= or --key-file"
-PATIENCE = 0.5  # seconds that publishers wait for a full subscriber to read half its queue
-GRUDGE_MIN, GRUDGE_MAX = 1.0, 32.0  # seconds for which they do not, after that was in vain; doubled each time
-ZERO_COPY_MIN = 256 * 1024  # from here on a copy costs more than the thread with which pyzmq tracks what is lent
 
 Answer = Callable[[Command | None], None]
 """Called once, with the answer, or with None when there is none in time."""
@@ -68,7 +54,8 @@ class Link:
         """
         self.endpoint = endpoint
         self.origin: int | None = None
-        self.pub: str | None = None  # the peer's PUB, once known
+        self.pub: str | None = None  # the peer's PUB, once known,
+        self.tap: str | None = None  # and where those who only look on are to connect
         self.declared: set[int] = set()  # our subscriptions that this peer was told of
         self.awaits_welcome = False  # it was sent a HELLO, and has not answered yet
         self._factory = factory
@@ -210,107 +197,6 @@ def _why_refused(event: str, value: int, have_key: bool) -> str:
     return f"the handshake failed ({event}, {value:#x}): is that a zmqbus node?"
 
 
-class Gate:
-    """To a SUB, which belongs to whoever reads it, and whose reader may sleep in it. The engine comes to visit."""
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        """`wake`: a reader that is `asleep` is to look again, soon."""
-        self.wake = wake
-        self.asleep = False  # set by the reader before it looks at `wanted`, so that no wake-up is missed
-        self.wanted = False
-        self._lock = Lock()
-        self._door = Lock()  # held by a guest who waits, so that the reader lets it in first
-
-    def enter(self, until: float | None) -> bool:
-        """The reader's way in; `leave` afterwards. False: another reader was there until then (None: no limit)."""
-        if self.wanted:
-            with self._door:
-                pass
-        return self._lock.acquire(timeout=-1 if until is None else max(0.0, until - now()))
-
-    def leave(self) -> None:
-        """The reader's way out."""
-        self._lock.release()
-
-    @contextmanager
-    def visit(self) -> Iterator[None]:
-        """The engine's way in and out."""
-        with self._door:
-            self.wanted = True
-            self.wake()
-            with self._lock:
-                self.wanted = False
-                yield
-        self.wake()  # the visit may have taken the signal of what has arrived
-
-
-class Feed:
-    """A SUB's connections. Whoever reads it may be another thread: so the engine goes through the gate.
-
-    A failed handshake ends libzmq's own attempts for good; here the endpoint is dialled again after a pause.
-    """
-
-    def __init__(
-        self,
-        factory: SocketFactory,
-        loop: asyncio.AbstractEventLoop,
-        socket: Socket,
-        gate: Gate,
-        on_attached: Callable[[], None],
-    ) -> None:
-        self.socket = socket
-        self.gate = gate
-        self.attached: set[str] = set()
-        """Endpoints whose connection stands: what they send from now on arrives, unless a queue is full."""
-        self._factory = factory
-        self._loop = loop
-        self._on_attached = on_attached
-        self._endpoints: set[str] = set()
-        self._monitor = factory.handshake_monitor(socket, outcome=True)
-        self._watch = FdWatch(loop, self._monitor, self._drain)
-
-    def connect(self, endpoint: str) -> None:
-        """Receive from one more PUB."""
-        self._endpoints.add(endpoint)
-        with self.gate.visit():
-            if not self.socket.closed:
-                self._factory.connect(self.socket, endpoint)
-
-    def disconnect(self, endpoint: str) -> None:
-        """No longer receive from a PUB."""
-        self._endpoints.discard(endpoint)
-        self.attached.discard(endpoint)
-        with self.gate.visit():
-            if not self.socket.closed:
-                self._factory.disconnect(self.socket, endpoint)
-
-    def close(self) -> None:
-        """Let go of all. On a visit."""
-        self._watch.close()
-        self._endpoints.clear()
-        self._factory.close_monitored(self.socket, self._monitor)
-
-    def _drain(self) -> bool:
-        for _ in range(DRAIN_MAX):
-            try:
-                event, endpoint, _ = parse_monitor(self._monitor.recv_multipart(NOBLOCK))
-            except Again:
-                return False
-            if event == "HANDSHAKE_SUCCEEDED":
-                self.attached.add(endpoint)
-                self._on_attached()
-            else:
-                self.attached.discard(endpoint)
-                if event != "DISCONNECTED" and event != "HANDSHAKE_FAILED_NO_DETAIL":
-                    self._loop.call_later(random.uniform(*REDIAL), self._redial, endpoint)
-        return True
-
-    def _redial(self, endpoint: str) -> None:
-        if endpoint in self._endpoints and endpoint not in self.attached:
-            self.disconnect(endpoint)
-            self.connect(endpoint)
-
-
 class Inbox:
     """Our ROUTER: hands out (identity, command), takes answers."""
 
@@ -360,83 +246,3 @@ class Inbox:
                 continue
             self._on_command(identity, command)
         return True
-
-
-class Broadcast:
-    """Our PUB: a frame goes to every subscriber that wants it. One thread at a time, by the publishers' lock.
-
-    A full subscriber. The socket is bounded, and refuses (XPUB_NODROP) when a matching subscriber's queue is full. The
-    frame then waits in the backlog, and its publisher with it: that paces publishers to consumers that are nearly fast
-    enough. But no longer than PATIENCE: then the frame goes to everybody else, that subscriber misses it and repairs
-    it from the history; libzmq counts it out until it has read half its queue, so one that has stopped costs no more.
-    For one that is alive but hopelessly slow, publishers do not wait again for a while, longer each time (GRUDGE).
-    """
-
-    def __init__(self, socket: Socket, on_stall: Callable[[], None]) -> None:
-        """`on_stall`: a frame has to wait; now `push` from time to time, until it returns True."""
-        self.backlog: deque[tuple[bytes, ...]] = deque()
-        self.stalls = 0
-        self._on_stall = on_stall
-        self._socket = socket
-        self._send_plain = plain_send(socket)
-        self._stalled_at = 0.0
-        self._no_patience_until = -inf
-        self._grudge = GRUDGE_MIN
-
-    def send(self, parts: tuple[bytes, ...]) -> None:
-        """Send a frame, behind all that wait already."""
-        if self.backlog:
-            self.backlog.append(parts)
-            return
-        try:
-            if len(parts) == 1:
-                self._send_plain(parts[0], NOBLOCK)
-            else:
-                self._send(parts)
-        except Again:
-            self.backlog.append(parts)
-            self.stalls += 1
-            self._stalled_at = now()
-            self._on_stall()
-
-    def push(self) -> bool:
-        """Try to send the backlog. Returns whether it is gone, as it is after PATIENCE at the latest."""
-        if not self.backlog:
-            return True
-        time = now()
-        if time - self._stalled_at > PATIENCE or time < self._no_patience_until:
-            if time >= self._no_patience_until:
-                recent = time - self._no_patience_until < 2 * GRUDGE_MAX
-                self._grudge = min(GRUDGE_MAX, self._grudge * 2) if recent else GRUDGE_MIN
-                self._no_patience_until = time + self._grudge
-            self._socket.set(XPUB_NODROP, 0)
-            self._send(self.backlog.popleft())  # one frame is enough: whoever is full misses it, and counts itself out
-            self._socket.set(XPUB_NODROP, 1)
-            self._stalled_at = time
-        try:
-            while self.backlog:
-                self._send(self.backlog[0])
-                self.backlog.popleft()
-        except Again:
-            return False
-        return True
-
-    def admit(self) -> None:
-        """Take newly connected SUBs in before the next frame. `send` alone looks for them once in a millisecond."""
-        self._socket.get(EVENTS)
-
-    def close(self, linger_ms: int) -> None:
-        """Close the socket; what it holds is still sent for `linger_ms`."""
-        self._socket.close(linger_ms)
-
-    def _send(self, parts: tuple[bytes, ...]) -> None:
-        if len(parts) == 1:
-            self._send_plain(parts[0], NOBLOCK)
-            return
-        self._socket.send(parts[0], NOBLOCK | SNDMORE)
-        try:
-            self._socket.send(parts[1], NOBLOCK, copy=len(parts[1]) < ZERO_COPY_MIN)
-        except Again:  # it must follow its first part, whoever misses it
-            self._socket.set(XPUB_NODROP, 0)
-            self._socket.send(parts[1], NOBLOCK, copy=len(parts[1]) < ZERO_COPY_MIN)
-            self._socket.set(XPUB_NODROP, 1)

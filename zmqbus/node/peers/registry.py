@@ -15,8 +15,8 @@ from typing import Protocol
 from zmqbus.errors import NodeClosed
 from zmqbus.net.clock import now
 from zmqbus.node.intake import Intake
-from zmqbus.node.links import Inbox, Link
-from zmqbus.node.publishing import Outlet
+from zmqbus.node.publishing.outlet import Outlet
+from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, SUBSCRIPTIONS_MAX, Command, Error, Subscribed
 from zmqbus.protocol.topics import Matcher
@@ -42,6 +42,8 @@ class Registration:
 
     patterns: list[str]
     matches: Callable[[str], bool]
+    observes: bool
+    """It only looks on: it is neither counted nor waited for."""
     heads: dict[bytes, int] | None
     """What it was owed from: our streams then. Kept for UNCONFIRMED, because the answer may have been lost."""
 
@@ -54,7 +56,7 @@ class Interest:
 
     def count(self, topic: str) -> int:
         """How many subscriptions a topic fits."""
-        return sum(registration.matches(topic) for registration in self.subscriptions.values())
+        return sum(own.matches(topic) for own in self.subscriptions.values() if not own.observes)
 
 
 class Registry:
@@ -128,8 +130,9 @@ class Registry:
 
     def declare(self, intake: Intake) -> None:
         """Have a new subscription registered everywhere."""
-        registration = Registration(intake.patterns, Matcher(intake.patterns).matches, None)
+        registration = Registration(intake.patterns, Matcher(intake.patterns).matches, intake.observes, None)
         self._interests[self._origin].subscriptions[intake.number] = registration
+        self._look_for_observers()
         for link in self._links.values():
             self.subscribe(link, intake)
         self.changed()
@@ -141,7 +144,7 @@ class Registry:
             for origin in self._members()
             if (link := self._links.get(origin)) is None
             or not intake.tracker.knows(origin)
-            or link.pub not in intake.feed.attached
+            or (link.tap if intake.observes else link.pub) not in intake.feed.attached
         ]
 
     def attached(self, number: int) -> None:
@@ -156,7 +159,7 @@ class Registry:
             fresh = present - self._attached.get(number, set())
             self._attached[number] = present
             for link in self._links.values():
-                if link.pub in fresh:
+                if (link.tap if intake.observes else link.pub) in fresh:
                     self.subscribe(link, intake)
         self.changed()
 
@@ -164,6 +167,7 @@ class Registry:
         """A subscription is closed."""
         self._attached.pop(number, None)
         self._interests[self._origin].subscriptions.pop(number, None)
+        self._look_for_observers()
         for origin, link in self._links.items():
             self._asked_at.pop((origin, number), None)
             link.declared.discard(number)
@@ -184,7 +188,7 @@ class Registry:
         """Ask one peer; also to hear from it what was missed."""
         assert link.origin is not None
         self._asked_at[link.origin, intake.number] = now()
-        if link.send(commands.Subscribe(intake.number, intake.patterns)):
+        if link.send(commands.Subscribe(intake.number, intake.patterns, intake.observes)):
             link.declared.add(intake.number)
 
     def ask_again(self) -> None:
@@ -224,23 +228,25 @@ class Registry:
         self._interests[origin] = Interest()
         for subscribed in subscriptions:
             earlier = before.subscriptions.get(subscribed.id)
-            self._register(identity, origin, request, subscribed.id, subscribed.patterns, earlier)
+            self._register(identity, origin, request, subscribed, earlier)
+        self._look_for_observers()
 
     def on_command(self, identity: bytes, origin: int, command: Command) -> bool:
         """A command came in. False: it is not one of ours."""
         match command.body:
-            case commands.Subscribe(id=number, patterns=patterns):
+            case commands.Subscribe(id=number) as subscribed:
                 interest = self._interests.setdefault(origin, Interest())
                 if len(interest.subscriptions) >= SUBSCRIPTIONS_MAX and number not in interest.subscriptions:
                     error = Error("limit", f"at most {SUBSCRIPTIONS_MAX} subscriptions to a node")
                     self.inbox.answer(identity, error, command.request)
                 else:
                     earlier = interest.subscriptions.get(number)
-                    self._register(identity, origin, command.request, number, patterns, earlier)
+                    self._register(identity, origin, command.request, subscribed, earlier)
                     self.changed()
             case commands.Unsubscribe(id=number):
                 if origin in self._interests:
                     self._interests[origin].subscriptions.pop(number, None)
+                    self._look_for_observers()
             case commands.Heads() as body:
                 self.on_heads(origin, body)
             case commands.Bye():
@@ -253,17 +259,20 @@ class Registry:
         """A peer will not come back, or only anew."""
         self._interests.pop(origin, None)
         self._leaving.pop(origin, None)
+        self._look_for_observers()
 
     def _register(
         self,
         identity: bytes,
         origin: int,
         request: int,
-        number: int,
-        patterns: list[str],
+        subscribed: Subscribed | commands.Subscribe,
         earlier: Registration | None,
     ) -> None:
         """From here on the subscription is owed all that fits, or from where an earlier request put it."""
+        number, patterns = subscribed.id, subscribed.patterns
+        if subscribed.observe:
+            self._streams.outlet.broadcast.observed = True
         heads = self._streams.heads(patterns)
         if earlier is not None and earlier.heads is not None and earlier.patterns == patterns:
             self._interests[origin].subscriptions[number] = earlier
@@ -274,12 +283,18 @@ class Registry:
                 if not self.inbox.answer(identity, body, request):
                     return
         else:
-            registration = Registration(patterns, Matcher(patterns).matches, dict(heads))
+            registration = Registration(patterns, Matcher(patterns).matches, subscribed.observe, dict(heads))
             self._interests[origin].subscriptions[number] = registration
             self._loop.call_later(UNCONFIRMED, setattr, registration, "heads", None)
         for body in _heads(number, heads):
             if not self.inbox.answer(identity, body, request):
                 return  # all or nothing: what lacks a piece would pass for complete. It is asked again
+
+    def _look_for_observers(self) -> None:
+        """Whether frames need be sent to the tap as well."""
+        self._streams.outlet.broadcast.observed = any(
+            own.observes for interest in self._interests.values() for own in interest.subscriptions.values()
+        )
 
     def _remind(self, topics: list[bytes]) -> None:
         """Send the HEADs of these streams of ours, for a subscriber whose SUB may just have been connected."""
@@ -322,12 +337,13 @@ class Registry:
         waiting: dict[int, asyncio.Future[bool]] = {}
         for origin, link in self._links.items():
             interest = self._interests.get(origin, Interest())
-            for number, registration in interest.subscriptions.items():
+            waited_for = {number: own for number, own in interest.subscriptions.items() if not own.observes}
+            for number, registration in waited_for.items():
                 for body in _heads(number, self._streams.heads(registration.patterns)):
                     link.send(body)
             done: asyncio.Future[bool] = self._loop.create_future()
             asked = link.ask(commands.Bye(), partial(_answered, done), timeout + 1)
-            if asked and interest.subscriptions and self._joined(origin):
+            if asked and waited_for and self._joined(origin):
                 waiting[origin] = done
         if waiting:
             await asyncio.wait(waiting.values(), timeout=timeout)
