@@ -276,9 +276,8 @@ class Registry:
         heads = self._streams.heads(patterns)
         if earlier is not None and earlier.heads is not None and earlier.patterns == patterns:
             self._interests[origin].subscriptions[number] = earlier
-            then = earlier.heads
-            since = [(topic, then.get(topic, 1)) for topic, following in heads if then.get(topic, 1) != following]
-            self._remind([topic for topic, _ in since[:REMINDED_MAX]])
+            since = [(topic, earlier.heads.get(topic, 1)) for topic, _ in heads]
+            self._remind([now[0] for now, then in zip(heads, since, strict=True) if now != then][:REMINDED_MAX])
             for body in _heads(number, since, more=True):
                 if not self.inbox.answer(identity, body, request):
                     return
