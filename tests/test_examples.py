@@ -60,6 +60,12 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def append(path: Path, text: str) -> bool:
+    with path.open("a") as file:
+        file.write(text)
+    return True
+
+
 class Shipped:
     """A shipper of one file on the bus that examples are on, and what comes of it."""
 
@@ -69,10 +75,17 @@ class Shipped:
         self._lines = node.subscribe(self.topic)
         until(lambda: any(peer.name == f"{HOST}-{path.stem}" for peer in node.peers()))
 
+    def settle(self, path: Path) -> None:
+        """Until it has found its place in the file, and ships what comes."""
+        until(lambda: append(path, "probe\n") and self._lines.get(0.1) is not None)
+
     def next(self) -> object:
-        message = self._lines.get(PATIENCE)
-        assert message is not None
-        return message.value
+        """The next line that is no probe."""
+        while True:
+            message = self._lines.get(PATIENCE)
+            assert message is not None
+            if message.value != "probe":
+                return message.value
 
 
 @pytest.fixture
@@ -84,7 +97,7 @@ def test_a_log_is_shipped_through_rotation_and_truncation(start: Start, path: Pa
     path.write_text("old\n")
     with zmqbus.Node("reader") as node:
         shipped = Shipped(node, start, path)
-        time.sleep(0.5)  # it has found its place, behind what is old
+        shipped.settle(path)
         with path.open("a") as log:
             log.write("one\nhal")
             log.flush()

@@ -5,13 +5,14 @@ Stopping is quiet and takes bounded time, however early or often it is asked for
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 
@@ -25,6 +26,8 @@ from zmqbus.cli.shell.output import Column, make_table
 from zmqbus.cli.shell.stopping import LEAVE_MAX
 from zmqbus.protocol.message import Message
 
+SLACK = 2.0  # seconds, on a machine with other work to do
+PIPE_FULL = 60_000  # bytes, of the 64 KiB that a pipe holds
 SHOW, HIDE = "\x1b[?25h", "\x1b[?25l"
 Start = Callable[..., subprocess.Popen[str]]
 LONG = [
@@ -229,7 +232,7 @@ def test_a_second_ctrl_c_does_no_harm(args: tuple[str, ...], pause: float, bus: 
         time.sleep(pause)
         command.interrupt()
         code, shown = command.end()
-        assert time.monotonic() - began < LEAVE_MAX + 0.5
+        assert time.monotonic() - began < LEAVE_MAX + SLACK
     assert code == 130
     assert not re.search(r"exception|error|warning", shown, re.IGNORECASE)
 
@@ -265,7 +268,6 @@ def test_pub_interrupted_while_it_waits_says_what_is_not_confirmed(start: Start,
         deadline = time.monotonic() + PATIENCE
         while not [one for one in node.topics("t", timeout=0.2) if one.seq == 2]:
             assert time.monotonic() < deadline
-        time.sleep(0.3)  # into its wait of five seconds
         pub.send_signal(signal.SIGINT)
         code, out, err = finish(pub)
     assert (code, out) == (130, "")
@@ -284,12 +286,23 @@ def test_sigterm_ends_a_tap_that_nobody_reads(start: Start, bus: str) -> None:
         tap.send_signal(signal.SIGTERM)
         began = time.monotonic()
         tap.wait(PATIENCE)
-        assert time.monotonic() - began < LEAVE_MAX + 0.5
+        assert time.monotonic() - began < LEAVE_MAX + SLACK
         code, out, err = finish(tap)
     assert code == 143
     assert re.match(r"zmqbus: [\d,]+ messages seen, [\d,]+ matched", err)
     assert "nothing lost" in err
     assert out
+
+
+def fill(process: subprocess.Popen[str]) -> None:
+    """Wait until it has filled the pipe that nobody reads."""
+    assert process.stdout is not None
+    held = bytearray(4)
+    deadline = time.monotonic() + PATIENCE
+    while int.from_bytes(held, sys.byteorder) < PIPE_FULL:
+        assert time.monotonic() < deadline
+        fcntl.ioctl(process.stdout, termios.FIONREAD, held)
+        time.sleep(0.02)
 
 
 def stopped(process: subprocess.Popen[bytes]) -> None:
@@ -327,7 +340,7 @@ def test_ctrl_z_reaches_a_tap_that_waits_for_its_reader(start: Start, bus: str) 
         for i in range(30_000):
             node.publish("fast", i)
         assert node.close(PATIENCE) == []
-    select.select([], [], [], 0.3)
+    fill(tap)
     os.kill(tap.pid, signal.SIGTSTP)
     _, status = os.waitpid(tap.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
@@ -335,8 +348,8 @@ def test_ctrl_z_reaches_a_tap_that_waits_for_its_reader(start: Start, bus: str) 
     assert tap.stderr is not None
     assert "what passed meanwhile is not shown" in tap.stderr.readline()
     assert tap.stdout is not None
-    values = [int(tap.stdout.readline()) for _ in range(10_000)]
-    assert values == list(range(10_000))
+    values = [int(tap.stdout.readline()) for _ in range(100)]
+    assert values == list(range(100))
     tap.send_signal(signal.SIGINT)
     shown = values + [int(line) for line in tap.stdout]
     code, _, err = finish(tap)
@@ -355,9 +368,7 @@ def test_sub_says_what_its_reader_did_not_take(start: Start, bus: str) -> None:
         node.wait_for_subscribers("fast", 1, PATIENCE)
         for i in range(30_000):
             node.publish("fast", i)
-        assert sub.stdout is not None
-        select.select([sub.stdout], [], [], PATIENCE)
-        time.sleep(0.5)
+        fill(sub)
         sub.send_signal(signal.SIGINT)
         sub.wait(PATIENCE)
         code, out, err = finish(sub)
