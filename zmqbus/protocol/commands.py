@@ -50,7 +50,7 @@ class Body(msgspec.Struct, omit_defaults=True):
     """What part 1 of a command holds."""
 
 
-class Subscribed(msgspec.Struct):
+class Subscribed(msgspec.Struct, omit_defaults=True):
     """One subscription of the asker: its number there, and the rest as SUBSCRIBE has it."""
 
     id: U64

@@ -308,7 +308,7 @@ class Registry:
 
     def _on_bye(self, identity: bytes, origin: int, request: int) -> None:
         """A peer leaves, and will wait a little for us to have all that it sent."""
-        waiting = {number for number, intake in self._intakes.items() if not intake.origin_leaving(origin)}
+        waiting = {n for n, own in self._intakes.items() if not own.origin_leaving(origin) and not own.observes}
         self._leaving[origin] = (identity, request, waiting)
         if waiting:
             self._loop.call_later(LEAVE_PATIENCE, self._leave, origin, identity, False)
@@ -336,13 +336,12 @@ class Registry:
         waiting: dict[int, asyncio.Future[bool]] = {}
         for origin, link in self._links.items():
             interest = self._interests.get(origin, Interest())
-            waited_for = {number: own for number, own in interest.subscriptions.items() if not own.observes}
-            for number, registration in waited_for.items():
+            for number, registration in interest.subscriptions.items():
                 for body in _heads(number, self._streams.heads(registration.patterns)):
                     link.send(body)
             done: asyncio.Future[bool] = self._loop.create_future()
             asked = link.ask(commands.Bye(), partial(_answered, done), timeout + 1)
-            if asked and waited_for and self._joined(origin):
+            if asked and self._joined(origin) and not all(own.observes for own in interest.subscriptions.values()):
                 waiting[origin] = done
         if waiting:
             await asyncio.wait(waiting.values(), timeout=timeout)
