@@ -119,14 +119,16 @@ def test_completion(start: Callable[..., subprocess.Popen[str]], monkeypatch: py
 # --- publish and subscribe, in processes of their own --------------------------------------------
 
 
-def test_pub_reaches_sub_and_tap(start: Callable[..., subprocess.Popen[str]]) -> None:
+def test_pub_reaches_sub_and_tap(start: Callable[..., subprocess.Popen[str]], bus: str) -> None:
     sub = start("sub", "greet.>", "--json", "-n", "5")
     tap = start("tap", "-x", "greet.noise", "--where", "size > 2 or value == null", "-n", "4")
-    code, out, err = run("pub", "greet.world", "hello", "two words", "-H", "a=b=c", "--wait-subscribers", "2")
+    with zmqbus.Node("probe", bus=bus) as probe:
+        probe.wait_for_subscribers("greet.world", 2, 20, observers=True)
+    code, out, err = run("pub", "greet.world", "hello", "two words", "-H", "a=b=c")
     assert (code, out) == (0, "")
-    assert err == "zmqbus: published 2 messages on greet.world to 2 subscribers, all confirmed\n"
-    assert run("pub", "greet.noise", "--json", "-q", "--wait-subscribers", "2", "--", "-5") == (0, "", "")
-    _, _, err = run("pub", "greet.lines", "--wait-subscribers", "2", text=b"plain\r\nl\xff\n")
+    assert err == "zmqbus: published 2 messages on greet.world to 1 subscriber, all confirmed\n"
+    assert run("pub", "greet.noise", "--json", "-q", "--", "-5") == (0, "", "")
+    _, _, err = run("pub", "greet.lines", text=b"plain\r\nl\xff\n")
     assert "published 2 messages on greet.lines" in err
 
     code, out, err = finish(sub)
@@ -192,7 +194,7 @@ def test_pub_repeats_at_a_rate_and_says_that_nobody_listens(
 def test_a_reader_that_leaves_ends_it_quietly(start: Callable[..., subprocess.Popen[str]], bus: str) -> None:
     with zmqbus.Node("talker", bus=bus) as node:
         sub = start("sub", "talk")
-        node.wait_for_subscribers("talk", 1, PATIENCE)
+        node.wait_for_subscribers("talk", 1, PATIENCE, observers=True)
         assert sub.stdout is not None
         sub.stdout.close()
         assert sub.stderr is not None
@@ -213,7 +215,7 @@ def test_losses_are_reported_with_ranges(start: Callable[..., subprocess.Popen[s
     """A publisher without history, and a subscriber that is stopped until the queues between them overflow."""
     with zmqbus.Node("forgetful", bus=bus, history_bytes=0) as node:
         tap = start("tap", "big", "--where", "value == 'end'", "-F", "{value}", "-n", "1", "--fail-on-loss", "-q")
-        node.wait_for_subscribers("big", 1, PATIENCE)
+        node.wait_for_subscribers("big", 1, PATIENCE, observers=True)
         tap.send_signal(signal.SIGSTOP)
         for _ in range(1500):
             node.publish("big", bytes(16_000))
@@ -256,7 +258,7 @@ def test_tap_shows_tables_and_last_messages(start: Callable[..., subprocess.Pope
                 ["--hex"],
             )
         ]
-        node.wait_for_subscribers("t.a", 4, PATIENCE)
+        node.wait_for_subscribers("t.a", 4, PATIENCE, observers=True)
         for i in range(4):
             node.publish("t.a", f"text {i}")
         node.publish("t.b", b"\x00raw")
@@ -290,7 +292,7 @@ def test_tap_never_waits_for_its_reader(start: Callable[..., subprocess.Popen[st
     total = 150_000
     with zmqbus.Node("fast", bus=bus) as node:
         tap = start("tap", "fast")
-        node.wait_for_subscribers("fast", 1, PATIENCE)
+        node.wait_for_subscribers("fast", 1, PATIENCE, observers=True)
         send = node.publisher("fast").send
         for i in range(total):
             send(i)

@@ -116,7 +116,7 @@ def test_what_is_to_be_copied_is_never_folded(width: int) -> None:
 
 def test_tap_shows_a_live_table(bus: str) -> None:
     with zmqbus.Node("web", bus=bus) as node, Terminal("tap", "--subjects") as tap:
-        node.wait_for_subscribers("live.topic", 1, PATIENCE)
+        node.wait_for_subscribers("live.topic", 1, PATIENCE, observers=True)
         tap.until("live.topic", lambda: node.publish("live.topic", "x"))
         tap.interrupt()
         code, shown = tap.end()
@@ -128,7 +128,7 @@ def test_tap_shows_a_live_table(bus: str) -> None:
 
 def test_tap_shows_the_last_message_of_each_topic(bus: str) -> None:
     with zmqbus.Node("web", bus=bus) as node, Terminal("tap", "--last-per-topic", columns=80) as tap:
-        node.wait_for_subscribers("t.a", 1, PATIENCE)
+        node.wait_for_subscribers("t.a", 1, PATIENCE, observers=True)
         for i in range(5):
             node.publish("t.a", f"first {i}")
             node.publish("t.b", {"status": i, "path": "/" + "x" * 60})
@@ -145,7 +145,7 @@ def test_tap_shows_the_last_message_of_each_topic(bus: str) -> None:
 
 def test_tap_spreads_maps_out_in_colour(bus: str) -> None:
     with zmqbus.Node("web", bus=bus) as node, Terminal("tap", "-n", "1", columns=120) as tap:
-        node.wait_for_subscribers("t", 1, PATIENCE)
+        node.wait_for_subscribers("t", 1, PATIENCE, observers=True)
         node.publish("t", {"status": 500, "path": "/"}, headers={"trace": "7f3a"})
         code, shown = tap.end()
     assert code == 0
@@ -280,7 +280,7 @@ def test_pub_interrupted_while_it_waits_says_what_is_not_confirmed(start: Start,
 def test_sigterm_ends_a_tap_that_nobody_reads(start: Start, bus: str) -> None:
     with zmqbus.Node("fast", bus=bus) as node:
         tap = start("tap", "fast")
-        node.wait_for_subscribers("fast", 1, PATIENCE)
+        node.wait_for_subscribers("fast", 1, PATIENCE, observers=True)
         for i in range(20_000):
             node.publish("fast", i)
         tap.send_signal(signal.SIGTERM)
@@ -313,7 +313,7 @@ def stopped(process: subprocess.Popen[bytes]) -> None:
 @pytest.mark.parametrize("view", [(), ("--last-per-topic",)], ids=named)
 def test_ctrl_z_takes_tap_off_the_bus_until_it_goes_on(view: tuple[str, ...], bus: str) -> None:
     with zmqbus.Node("web", bus=bus) as node, Terminal("tap", *view) as tap:
-        node.wait_for_subscribers("t", 1, PATIENCE)
+        node.wait_for_subscribers("t", 1, PATIENCE, observers=True)
         tap.until("before", lambda: node.publish("t", "before"))
         tap.process.send_signal(signal.SIGTSTP)
         stopped(tap.process)
@@ -323,7 +323,7 @@ def test_ctrl_z_takes_tap_off_the_bus_until_it_goes_on(view: tuple[str, ...], bu
         node.publish("t", "meanwhile")
         tap.process.send_signal(signal.SIGCONT)
         tap.until("what passed meanwhile is not shown")
-        node.wait_for_subscribers("t", 1, PATIENCE)
+        node.wait_for_subscribers("t", 1, PATIENCE, observers=True)
         tap.until("after", lambda: node.publish("t", "after"))
         tap.interrupt()
         code, shown = tap.end()
@@ -336,7 +336,7 @@ def test_ctrl_z_reaches_a_tap_that_waits_for_its_reader(start: Start, bus: str) 
     """As in `zmqbus tap | less`: not a line is torn, and what was not shown is counted."""
     with zmqbus.Node("fast", bus=bus) as node:
         tap = start("tap", "fast", "-F", "{value}", process_group=0)
-        node.wait_for_subscribers("fast", 1, PATIENCE)
+        node.wait_for_subscribers("fast", 1, PATIENCE, observers=True)
         for i in range(30_000):
             node.publish("fast", i)
         assert node.close(PATIENCE) == []
@@ -365,7 +365,7 @@ def test_ctrl_z_reaches_a_tap_that_waits_for_its_reader(start: Start, bus: str) 
 def test_sub_says_what_its_reader_did_not_take(start: Start, bus: str) -> None:
     with zmqbus.Node("fast", bus=bus) as node:
         sub = start("sub", "fast")
-        node.wait_for_subscribers("fast", 1, PATIENCE)
+        node.wait_for_subscribers("fast", 1, PATIENCE, observers=True)
         for i in range(30_000):
             node.publish("fast", i)
         fill(sub)

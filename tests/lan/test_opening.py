@@ -17,7 +17,8 @@ import pytest
 from tests.lan.agents import Agents, wait_until
 from zmqbus import AsyncNode, AuthError, BusKey, Node, PeerLeft, Warned
 from zmqbus.net import zap
-from zmqbus.node import engine, events, peering, registry
+from zmqbus.node import engine, events
+from zmqbus.node.peers import peering, registry
 from zmqbus.protocol import commands, tracking
 
 # --- the self-test: a node that lets strangers in does not open ----------------------------------

@@ -148,20 +148,20 @@ def _await_subscribers(node: Node, topic: str, wanted: int | None, timeout: floa
         _wait_for(node, topic, wanted, timeout)
         return
     try:
-        seen = _wait_for(node, topic, 1, WAIT if timeout is None else timeout)
+        seen = _wait_for(node, topic, 1, WAIT if timeout is None else timeout, observers=True)
         while True:
-            seen = _wait_for(node, topic, seen + 1, SETTLE)
+            seen = _wait_for(node, topic, seen + 1, SETTLE, observers=True)
     except WaitTimeout:
         pass  # nobody, or no more
 
 
-def _wait_for(node: Node, topic: str, wanted: int, timeout: float | None) -> int:
+def _wait_for(node: Node, topic: str, wanted: int, timeout: float | None, *, observers: bool = False) -> int:
     until = inf if timeout is None else now() + timeout
     while True:
         stopping.check()
         left = until - now()
         try:
-            return node.wait_for_subscribers(topic, wanted, max(0.0, min(left, stopping.PEEK)))
+            return node.wait_for_subscribers(topic, wanted, max(0.0, min(left, stopping.PEEK)), observers=observers)
         except WaitTimeout as error:
             if left <= stopping.PEEK:
                 raise WaitTimeout(error.what, error.seen, error.wanted, timeout or 0.0) from None
@@ -257,6 +257,7 @@ def pub(
             raise
         finally:
             subscribers = node.wait_for_subscribers(topic, 0)
+            watched = node.wait_for_subscribers(topic, 0, observers=True) > subscribers
             text = f"published {plural(published, 'message')} on {topic}"
             try:
                 late = _leave(node, patience)
@@ -269,7 +270,7 @@ def pub(
                 names = ", ".join(sorted(one.peer for one in late))
                 remark(f"{text}; not confirmed within {patience:g} s by {names}: some may be missing there")
             elif not subscribers and published and wanted != 0 and not watch.refused:
-                remark(f"{text}; nobody was subscribed to it")
+                remark(f"{text}; nobody was subscribed to it{', a tap looked on' * watched}")
             elif not quiet:
                 remark(f"{text} to {plural(subscribers, 'subscriber')}{', all confirmed' * bool(subscribers)}")
     return shell.TIMED_OUT if late else shell.OK

@@ -386,9 +386,11 @@ class AsyncNode:
         """See `Node.wait_for_peers`."""
         return await self._ready().wait_for_peers(n, timeout)
 
-    async def wait_for_subscribers(self, topic: str, n: int = 1, timeout: float | None = None) -> int:
+    async def wait_for_subscribers(
+        self, topic: str, n: int = 1, timeout: float | None = None, *, observers: bool = False
+    ) -> int:
         """See `Node.wait_for_subscribers`."""
-        return await self._ready().wait_for_subscribers(topic, n, timeout)
+        return await self._ready().wait_for_subscribers(topic, n, timeout, observers)
 
     async def topics(self, *patterns: str, timeout: float = 2.0) -> list[TopicInfo]:
         """See `Node.topics`."""

@@ -240,8 +240,6 @@ class Engine:
             raise SetupError(f"history={history!r}: use a whole number, 0 or more")
         if on_gap not in ("skip", "raise"):
             raise SetupError(f"on_gap={on_gap!r}: use 'skip' or 'raise'")
-        if observe and history:
-            raise SetupError("history is fetched from publishers, and who only observes asks nothing of them")
         socket = self._factory.sub(FRAMES_QUEUED)
         for prefix in covering_prefixes(patterns):
             socket.subscribe(prefix)
@@ -381,11 +379,12 @@ class Engine:
             raise WaitTimeout("peer(s)", len(self.peering.peers()), n, timeout or 0.0)
         return self.peering.peers()
 
-    async def wait_for_subscribers(self, topic: str, n: int, timeout: float | None) -> int:
+    async def wait_for_subscribers(self, topic: str, n: int, timeout: float | None, observers: bool) -> int:
         """Wait until a topic has at least `n` subscriptions."""
-        if not await self.peering.registry.until(lambda: self.peering.registry.subscribers(topic) >= n, timeout):
-            raise WaitTimeout(f"subscriber(s) of {topic}", self.peering.registry.subscribers(topic), n, timeout or 0.0)
-        return self.peering.registry.subscribers(topic)
+        registry = self.peering.registry
+        if not await registry.until(lambda: registry.subscribers(topic, observers) >= n, timeout):
+            raise WaitTimeout(f"subscriber(s) of {topic}", registry.subscribers(topic, observers), n, timeout or 0.0)
+        return registry.subscribers(topic, observers)
 
     async def statistics(self) -> dict[str, int | float]:
         """Counters since start."""

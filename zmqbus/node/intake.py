@@ -77,9 +77,7 @@ class Intake:
         self.gaps: deque[Gap] = deque(maxlen=GAPS_KEPT)
         self.messages = 0
         self.closed: Exception | None = None
-        self.tracker = Tracker(patterns, (lambda *_: ()) if observes else sources, history=history)
-        if observes:
-            self.tracker.patience = 0.0  # what it missed is lost at once: it asks nobody
+        self.tracker = Tracker(patterns, sources, history=history)
         self.before_close: Callable[[], None] = lambda: None  # on the engine's thread, while the socket is still there
         self._driver = driver
         self._inbox: deque[Callable[[], None]] = deque()

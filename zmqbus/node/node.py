@@ -247,8 +247,7 @@ class Node:
             type: decode values into this type (a msgspec.Struct, dataclass, TypedDict, list[int], …).
             history: of each stream also deliver the last so many messages, as far as publishers still hold them.
             on_gap: when messages cannot be repaired, "skip" them (see `lost`, `gaps`, `events()`) or "raise" GapError.
-            observe: only look on. Publishers do not count this subscription, nor wait for it, and are asked for
-                nothing: what it misses is lost to it, and reported as usual.
+            observe: only look on: publishers neither count this subscription nor wait for it.
 
         Raises:
             TopicError: a pattern breaks the grammar.
@@ -289,13 +288,17 @@ class Node:
         """
         return self._call(self._engine.wait_for_peers(n, timeout))
 
-    def wait_for_subscribers(self, topic: str, n: int = 1, timeout: float | None = None) -> int:
+    def wait_for_subscribers(
+        self, topic: str, n: int = 1, timeout: float | None = None, *, observers: bool = False
+    ) -> int:
         """Wait until `topic` has at least `n` subscriptions; returns how many. What is published next is owed to them.
+
+        With `observers`, those that only look on count as well.
 
         Raises:
             WaitTimeout: it had not within `timeout` seconds.
         """
-        return self._call(self._engine.wait_for_subscribers(topic, n, timeout))
+        return self._call(self._engine.wait_for_subscribers(topic, n, timeout, observers))
 
     def topics(self, *patterns: str, timeout: float = 2.0) -> list[TopicInfo]:
         """Every stream on the bus whose topic fits a pattern (none: all), by topic; each publisher is asked.

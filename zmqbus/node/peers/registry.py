@@ -24,6 +24,7 @@ from zmqbus.protocol.topics import Matcher
 ASK_AGAIN = 1.0  # seconds after which an unanswered SUBSCRIBE is repeated
 UNCONFIRMED = 30.0  # for so long a repeated SUBSCRIBE is owed from the first: its answer may not have arrived
 REMINDED_MAX = 64  # HEADs on the PUB for one repeated SUBSCRIBE; further streams' come when they fall idle
+OBSERVERS_GRACE = 0.2  # for a program that publishes and ends: those who look on need a moment to see it
 LEAVE_PATIENCE = 5.0  # a leaving peer is not kept in mind longer than this; it waits less itself
 
 
@@ -54,9 +55,9 @@ class Interest:
     def __init__(self) -> None:
         self.subscriptions: dict[int, Registration] = {}
 
-    def count(self, topic: str) -> int:
-        """How many subscriptions a topic fits."""
-        return sum(own.matches(topic) for own in self.subscriptions.values() if not own.observes)
+    def count(self, topic: str, observers: bool) -> int:
+        """How many subscriptions a topic fits, of those that do not only observe, or of all."""
+        return sum(own.matches(topic) for own in self.subscriptions.values() if observers or not own.observes)
 
 
 class Registry:
@@ -212,10 +213,10 @@ class Registry:
 
     # --- theirs, here ----------------------------------------------------------------------------
 
-    def subscribers(self, topic: str) -> int:
-        """Subscriptions here and at the joined peers that a topic fits."""
+    def subscribers(self, topic: str, observers: bool) -> int:
+        """Subscriptions here and at the joined peers that a topic fits, not counting or counting `observers`."""
         return sum(
-            interest.count(topic)
+            interest.count(topic, observers)
             for origin, interest in self._interests.items()
             if origin == self._origin or self._joined(origin)
         )
@@ -308,7 +309,7 @@ class Registry:
 
     def _on_bye(self, identity: bytes, origin: int, request: int) -> None:
         """A peer leaves, and will wait a little for us to have all that it sent."""
-        waiting = {n for n, own in self._intakes.items() if not own.origin_leaving(origin) and not own.observes}
+        waiting = {number for number, intake in self._intakes.items() if not intake.origin_leaving(origin)}
         self._leaving[origin] = (identity, request, waiting)
         if waiting:
             self._loop.call_later(LEAVE_PATIENCE, self._leave, origin, identity, False)
@@ -334,15 +335,20 @@ class Registry:
     async def leave(self, timeout: float) -> list[int]:
         """Say BYE to every peer; returns those whose subscriptions had not confirmed all within `timeout`."""
         waiting: dict[int, asyncio.Future[bool]] = {}
+        looking: list[asyncio.Future[bool]] = []
         for origin, link in self._links.items():
-            interest = self._interests.get(origin, Interest())
-            for number, registration in interest.subscriptions.items():
+            subscriptions = self._interests.get(origin, Interest()).subscriptions
+            for number, registration in subscriptions.items():
                 for body in _heads(number, self._streams.heads(registration.patterns)):
                     link.send(body)
             done: asyncio.Future[bool] = self._loop.create_future()
-            asked = link.ask(commands.Bye(), partial(_answered, done), timeout + 1)
-            if asked and self._joined(origin) and not all(own.observes for own in interest.subscriptions.values()):
-                waiting[origin] = done
+            if link.ask(commands.Bye(), partial(_answered, done), timeout + 1) and self._joined(origin):
+                if not all(registration.observes for registration in subscriptions.values()):
+                    waiting[origin] = done
+                elif subscriptions:
+                    looking.append(done)
+        if looking:
+            await asyncio.wait(looking, timeout=min(timeout, OBSERVERS_GRACE))
         if waiting:
             await asyncio.wait(waiting.values(), timeout=timeout)
         return [origin for origin, done in waiting.items() if not done.done() or not done.result()]
