@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TopicError,
         UnsupportedValue,
         WaitTimeout,
+        WrongLoop,
         ZmqbusError,
     )
     from zmqbus.net.keys import BusKey
@@ -71,6 +72,7 @@ _HOMES = {
     "UnsupportedValue": "errors",
     "WaitTimeout": "errors",
     "Warned": "node.events",
+    "WrongLoop": "errors",
     "ZmqbusError": "errors",
 }
 
@@ -107,6 +109,7 @@ __all__ = [
     "UnsupportedValue",
     "WaitTimeout",
     "Warned",
+    "WrongLoop",
     "ZmqbusError",
     "__version__",
 ]

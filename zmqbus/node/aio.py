@@ -1,7 +1,8 @@
 """The asyncio face: `AsyncNode`. The same engine, on the caller's own loop, and no thread.
 
 Publishing gathers what one turn of the loop publishes and sends it at the end of the turn. Consuming drains the
-subscription's socket in the consumer's own task. Cancelling a task that waits for a message loses nothing.
+subscription's socket in the consumer's own task. Both let the loop have its turn every few milliseconds, however much
+there is to do. Cancelling a task that waits for a message loses nothing: after the last await nothing is taken back.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Sequence
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from zmqbus.errors import ForkedProcess, NodeClosed
+from zmqbus.errors import ForkedProcess, NodeClosed, WrongLoop
 from zmqbus.net.clock import now
 from zmqbus.net.keys import BusKey
 from zmqbus.node.engine import Config, Engine
@@ -24,6 +26,8 @@ from zmqbus.node.publishing import SMALL, TICK, Publisher
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.tracking import Gap
+
+SHIFT = 0.002  # seconds for which a consumer may take what is there without a turn of the loop
 
 
 class AsyncSubscription:
@@ -39,9 +43,11 @@ class AsyncSubscription:
     def __init__(self, node: AsyncNode, patterns: Sequence[str], value_type: Any, history: int, on_gap: str) -> None:
         self._node = node
         self._asked = (patterns, value_type, history, on_gap)
-        self._opening: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[Intake] | None = None
         self._intake: Intake | None = None
+        self._closed = False
         self._bell = _Bell()
+        self._rest_at = 0.0
 
     async def get(self, timeout: float | None = None) -> Message | None:
         """The next message; None when none came within `timeout` seconds (0: only what is here), or on `close()`.
@@ -52,7 +58,9 @@ class AsyncSubscription:
             NodeClosed: the subscription was closed before this call.
         """
         deadline = None if timeout is None else now() + timeout
-        intake = self._intake or await self._open()
+        intake = self._intake or await self._open(timeout)
+        if intake is None:
+            return None
         for message in intake.items:
             return message
         if intake.closed is not None:
@@ -64,6 +72,8 @@ class AsyncSubscription:
 
     async def __anext__(self) -> Message:
         intake = self._intake or await self._open()
+        if intake is None:
+            raise StopAsyncIteration
         for message in intake.items:
             return message
         following = await self._take(intake, None)
@@ -73,10 +83,14 @@ class AsyncSubscription:
 
     async def _take(self, intake: Intake, deadline: float | None) -> Message | None:
         """Wait for a message. None: the deadline has passed, or the subscription is closed."""
-        loop = asyncio.get_running_loop()
+        loop = self._node._home()
+        if now() >= self._rest_at:
+            await asyncio.sleep(0)
+            self._rest_at = now() + SHIFT
         while True:
             message = intake.take(wait=False)  # on the engine's own thread: no gate in between
             if message is not None:
+                self._bell.ring()  # there may be more, of which the socket will not tell again
                 return message
             if intake.closed is not None:
                 if isinstance(intake.closed, ForkedProcess):
@@ -96,21 +110,32 @@ class AsyncSubscription:
                 self._bell.waiting.discard(future)
                 if timer is not None:
                     timer.cancel()
+            self._rest_at = now() + SHIFT
 
-    async def _open(self) -> Intake:
+    async def _open(self, timeout: float | None = None) -> Intake | None:
+        """Have it registered. None: not within `timeout`, or closed meanwhile. Goes on when its caller is cancelled."""
+        if self._closed:
+            raise NodeClosed("the subscription is closed")
         if self._opening is None:
-            self._opening = asyncio.get_running_loop().create_task(self._register())
+            self._opening = self._node._home().create_task(self._register())
             self._opening.add_done_callback(lambda task: task.cancelled() or task.exception())  # not to be reported
-        await asyncio.shield(self._opening)
-        assert self._intake is not None
-        return self._intake
+        done, _ = await asyncio.wait([self._opening], timeout=timeout)
+        return self._opening.result() if done and not self._closed else None
 
-    async def _register(self) -> None:
+    async def _register(self) -> Intake:
         patterns, value_type, history, on_gap = self._asked
-        self._intake = await self._node._ready().subscribe(
+        intake = await self._node._at_home().subscribe(
             patterns, value_type=value_type, history=history, on_gap=on_gap, wake=self._bell.ring
         )
-        self._bell.watch(self._intake)
+        self._intake = intake
+        if intake.closed is None:
+            self._bell.watch(intake)
+        return intake
+
+    async def _opened(self) -> AsyncSubscription:
+        if await self._open() is None:
+            raise NodeClosed("the subscription was closed while it was opened")
+        return self
 
     @property
     def lost(self) -> int:
@@ -134,22 +159,24 @@ class AsyncSubscription:
 
     async def close(self) -> None:
         """Stop receiving. Messages that were received but not consumed are dropped. May be called twice."""
-        if self._opening is not None:
-            intake = await self._open()
-            if intake.closed is None:
-                await self._node._engine.unsubscribe(intake)
+        self._closed = True
+        if self._intake is not None:
+            if self._intake.closed is None:
+                self._node._home()
+                self._node._engine.dispose(self._intake)
+        elif self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
 
     def __del__(self) -> None:
         if self._intake is not None and self._intake.closed is None:  # `async for …`, left by break
             self._node._engine.soon(self._node._engine.dispose, self._intake)
 
-    def __await__(self) -> Generator[Any, None, AsyncSubscription]:
-        yield from self._open().__await__()
-        return self
+    def __await__(self) -> Generator[Any, Any, AsyncSubscription]:
+        return self._opened().__await__()
 
     async def __aenter__(self) -> AsyncSubscription:
-        await self._open()
-        return self
+        return await self._opened()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -245,6 +272,14 @@ class AsyncEventStream:
         self._closed = True
         self._changed.set()
 
+    async def __aenter__(self) -> AsyncEventStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def __aiter__(self) -> AsyncEventStream:
         return self
 
@@ -277,10 +312,18 @@ class AsyncNode:
         self._crowded: list[None] = []
         self._publishers: dict[str, Publisher] = {}
         self._opened: Engine | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def open(self) -> AsyncNode:
-        """Bind, and begin to look for others."""
-        loop = asyncio.get_running_loop()
+        """Bind, and begin to look for others. Of a node that is open: nothing.
+
+        Raises:
+            NodeClosed: it was closed; make a new one.
+        """
+        if self._opened is not None:
+            self._ready()
+            return self
+        loop = self._loop = asyncio.get_running_loop()
 
         def in_turns() -> None:
             loop.call_soon(self._turn)
@@ -304,14 +347,28 @@ class AsyncNode:
             raise engine.refusal
         return engine
 
+    def _at_home(self) -> Engine:
+        """Ready, and on the node's own loop."""
+        engine = self._ready()
+        self._home()
+        return engine
+
+    def _home(self) -> asyncio.AbstractEventLoop:
+        """The running loop, which is the node's."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop and self._loop is not None:
+            raise WrongLoop(self.name)
+        return loop
+
     def _turn(self) -> None:
         """Once per turn of the loop in which something was published."""
         self._engine.outlet.flush_all()
 
-    async def _give_way(self) -> None:
+    async def _give_way(self, timeout: float = inf) -> None:
         """Let the loop do its other work; wait while a subscriber is full, within the publisher's patience."""
+        deadline = now() + timeout
         await asyncio.sleep(0)
-        while not self._engine.outlet.push():
+        while not self._engine.outlet.push() and now() < deadline:
             await asyncio.sleep(TICK)
 
     # --- publish ---------------------------------------------------------------------------------
@@ -321,7 +378,7 @@ class AsyncNode:
         try:
             publisher = self._publishers[topic]
         except KeyError:
-            publisher = self._ready().outlet.publisher(topic)
+            publisher = self._at_home().outlet.publisher(topic)
         kind = type(value)
         # As in `Node.publish`.
         if headers is None and kind is bytes and len(value) <= SMALL and publisher.full:  # type: ignore[arg-type]
@@ -342,8 +399,8 @@ class AsyncNode:
 
     async def flush(self, timeout: float | None = None) -> None:
         """See `Node.flush`."""
-        self._ready().outlet.flush_all()
-        await self._give_way()
+        self._at_home().outlet.flush_all()
+        await self._give_way(inf if timeout is None else timeout)
 
     # --- subscribe -------------------------------------------------------------------------------
 
@@ -380,15 +437,15 @@ class AsyncNode:
 
     async def wait_for_peers(self, n: int = 1, timeout: float | None = None) -> list[Peer]:
         """See `Node.wait_for_peers`."""
-        return await self._ready().wait_for_peers(n, timeout)
+        return await self._at_home().wait_for_peers(n, timeout)
 
     async def wait_for_subscribers(self, topic: str, n: int = 1, timeout: float | None = None) -> int:
         """See `Node.wait_for_subscribers`."""
-        return await self._ready().wait_for_subscribers(topic, n, timeout)
+        return await self._at_home().wait_for_subscribers(topic, n, timeout)
 
     async def topics(self, *patterns: str, timeout: float = 2.0) -> list[TopicInfo]:
         """See `Node.topics`."""
-        return await self._ready().topics(patterns, timeout)
+        return await self._at_home().topics(patterns, timeout)
 
     def events(self) -> AsyncEventStream:
         """What happens from now on: PeerJoined, PeerLeft, DuplicateName, Gap, Warned."""
@@ -398,13 +455,15 @@ class AsyncNode:
 
     def statistics(self) -> dict[str, int | float]:
         """Counters since start, by name. Does not wait."""
-        return self._engine.counters()
+        return self._ready().counters()
 
     # --- the end ---------------------------------------------------------------------------------
 
     async def close(self, timeout: float = CLOSE_TIMEOUT) -> list[Undelivered]:
         """See `Node.close`."""
-        return [] if self._opened is None else await self._opened.close(timeout)
+        if self._opened is None or self._opened.refusal is not None:
+            return []
+        return await self._at_home().close(timeout)
 
     async def __aenter__(self) -> AsyncNode:
         return await self.open()

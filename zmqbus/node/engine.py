@@ -213,16 +213,17 @@ class Engine:
         outlet.refuse(self.refusal)
         outlet.flush_all()
         deadline = now() + timeout
-        while not outlet.push() and now() < deadline:
-            await asyncio.sleep(TICK)
-        late = await self.peering.registry.leave(max(0.0, deadline - now()))
-        undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
-        for intake in list(self.intakes.values()):
-            intake.close(self.refusal)
-        await self._shut()
-        for listener in self._listeners:
-            listener.close()
-        return undelivered
+        try:
+            while not outlet.push() and now() < deadline:
+                await asyncio.sleep(TICK)
+            late = await self.peering.registry.leave(max(0.0, deadline - now()))
+            return [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
+        finally:  # also if whoever waits for it is cancelled
+            for intake in list(self.intakes.values()):
+                intake.close(self.refusal)
+            await self._shut()
+            for listener in self._listeners:
+                listener.close()
 
     async def _shut(self) -> None:
         """Close whatever is open."""
@@ -325,7 +326,11 @@ class Engine:
         intake.feed.connect(self._own_pub)
         intake.heads(self.origin, self.heads(intake.patterns), more=False)
         self.peering.connect(intake)
-        await registry.until(lambda: registry.registered(intake), REGISTER_TIMEOUT)
+        try:
+            await registry.until(lambda: registry.registered(intake), REGISTER_TIMEOUT)
+        except BaseException:  # nobody will read it
+            self.dispose(intake)
+            raise
         return intake
 
     def _gate(self, socket: Socket, number: int) -> Gate:

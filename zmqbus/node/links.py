@@ -393,7 +393,8 @@ class Broadcast:
         return True
 
     def close(self, linger_ms: int) -> None:
-        """Close the socket; what it holds is still sent for `linger_ms`."""
+        """Close the socket; what it holds is still sent for `linger_ms`, what waits for it is not."""
+        self.backlog.clear()
         self._socket.close(linger_ms)
 
     def _send(self, parts: tuple[bytes, ...]) -> None:

@@ -27,7 +27,7 @@ from zmqbus.node.links import Broadcast
 from zmqbus.protocol import frames
 from zmqbus.protocol.frames import EXTERNAL_BYTES_MIN, MESSAGE_BYTES_MAX, encode_value, encode_values
 from zmqbus.protocol.history import Entry, Fetched, History, fetch
-from zmqbus.protocol.ring import BATCH_MESSAGES_MAX, Ring
+from zmqbus.protocol.ring import BATCH_MESSAGES_MAX, ROOM_MIN, Ring
 from zmqbus.protocol.topics import Matcher, encode_topic
 
 BATCH_BYTES_MAX = 128 * 1024
@@ -202,7 +202,7 @@ class Publisher(Ring):
     def _put(self, seq: int, item: bytes | str | Raw, size: int) -> None:
         """Fill a slot under the lock, and send it or see to it that it will be sent."""
         out = self._out
-        if seq > self.sent + self.room:
+        if seq >= (self.full or self.sent + 1 + self.room):
             self._flush(self.full)
         while seq > self.sent + self.room:  # another thread has drawn a seq, and not got round to filling its slot
             out.lock.release()
@@ -214,8 +214,8 @@ class Publisher(Ring):
         if out.pace == EAGER or out.refusal is not None or self._externals or self._size >= BATCH_BYTES_MAX:
             self._flush()
         elif not self.full:
-            self.full = self.sent + 1 + self.room
             out.expect(self)
+            self.full = self.sent + 1 + min(self.room, out.share)
 
     def flush_to(self, end: int) -> None:
         """A message before `end` was stored: a batch is full, or the tick that was to flush it has passed."""
@@ -234,6 +234,7 @@ class Publisher(Ring):
 
     def _flush(self, end: int = 0) -> None:
         """Send what is stored: before `end`, if that is thought to be all there; or else up to the first empty slot."""
+        out = self._out
         first = self.sent + 1
         if self._headers or self._externals:
             end = self.end()
@@ -251,10 +252,10 @@ class Publisher(Ring):
         if end > first:
             self._size = 0
             self.clear(first, end)
-            if end == self.full and self.room < BATCH_MESSAGES_MAX:
+            if end == self.full == first + self.room and self.room < BATCH_MESSAGES_MAX:
                 self.grow()  # no slot is being filled now: all below `full` is sent, and others wait for the lock
         if self.full:
-            self.full = end + self.room
+            self.full = end + min(self.room, out.share)
 
     def _send_mixed(self, first: int, values: list[Any]) -> None:
         """What is too large goes by itself."""
@@ -344,6 +345,8 @@ class Outlet:
         self.messages = self.frames = self.bytes = 0
         self.crowded: list[None] = []
         """asyncio: not empty when publishers should let the loop have its turn."""
+        self.share = BATCH_MESSAGES_MAX
+        """asyncio: what each of the streams that gather may gather, so that it is not too much for one turn."""
         self._start_ticking = start_ticking
         self._in_turns = in_turns
         self._gathering: list[Publisher] = []
@@ -376,6 +379,7 @@ class Outlet:
         """A stream gathers: to be flushed by the next tick, or at the end of this turn."""
         self._gathering.append(publisher)
         if self._in_turns is not None:
+            self.share = max(ROOM_MIN, 2 * TURN_MESSAGES_MAX // len(self._gathering))
             if len(self._gathering) == 1:
                 self._in_turns()
             elif len(self._gathering) >= TURN_MESSAGES_MAX:
