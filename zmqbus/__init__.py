@@ -30,8 +30,8 @@ if TYPE_CHECKING:
         ZmqbusError,
     )
     from zmqbus.net.keys import BusKey
-    from zmqbus.node.aio import AsyncEventStream, AsyncNode, AsyncPublisher, AsyncSubscription
-    from zmqbus.node.events import Event, EventStream, TopicInfo, Undelivered, Warned
+    from zmqbus.node.aio import AsyncNode, AsyncPublisher, AsyncSubscription
+    from zmqbus.node.events import AsyncEventStream, Event, EventStream, TopicInfo, Undelivered, Warned
     from zmqbus.node.node import Node, Subscription
     from zmqbus.node.publishing import Publisher
     from zmqbus.protocol.message import Message
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # Where the names live. They are loaded when first used: `zmqbus --help` needs neither sockets nor mDNS.
 _HOMES = {
-    "AsyncEventStream": "node.aio",
+    "AsyncEventStream": "node.events",
     "AsyncNode": "node.aio",
     "AsyncPublisher": "node.aio",
     "AsyncSubscription": "node.aio",

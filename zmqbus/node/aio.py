@@ -8,8 +8,9 @@ there is to do. Cancelling a task that waits for a message loses nothing: after 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Generator, Sequence
+import os
+import warnings
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
 from math import inf
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from zmqbus.errors import ForkedProcess, NodeClosed, WrongLoop
 from zmqbus.net.clock import now
 from zmqbus.net.keys import BusKey
 from zmqbus.node.engine import Config, Engine
-from zmqbus.node.events import EVENTS_MAX, Event, TopicInfo, Undelivered
+from zmqbus.node.events import AsyncEventStream, TopicInfo, Undelivered
 from zmqbus.node.intake import Intake
 from zmqbus.node.node import CLOSE_TIMEOUT
 from zmqbus.node.publishing import SMALL, TICK, Publisher
@@ -234,62 +235,6 @@ class AsyncPublisher:
         return seq
 
 
-class AsyncEventStream:
-    """The events of one node from the call of `events()` on: `async for event in node.events()`.
-
-    Bounded: of more than 10,000 unread events the oldest are dropped, and counted in `dropped`.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.dropped = 0
-        self._engine = engine
-        self._events: deque[Event] = deque()
-        self._changed = asyncio.Event()
-        self._closed = False
-
-    def put(self, event: Event) -> None:
-        """Called by the node."""
-        self._events.append(event)
-        if len(self._events) > EVENTS_MAX:
-            self._events.popleft()
-            self.dropped += 1
-        self._changed.set()
-
-    async def get(self, timeout: float | None = None) -> Event | None:
-        """The next event; None when `timeout` seconds have passed, or the stream or its node is closed."""
-        try:
-            async with asyncio.timeout(timeout):
-                while not self._events and not self._closed:
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            pass
-        return self._events.popleft() if self._events else None
-
-    def close(self) -> None:
-        """End the stream; what is in it already can still be read."""
-        self._engine.forget_listener(self)
-        self._closed = True
-        self._changed.set()
-
-    async def __aenter__(self) -> AsyncEventStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __aiter__(self) -> AsyncEventStream:
-        return self
-
-    async def __anext__(self) -> Event:
-        event = await self.get()
-        if event is None:
-            raise StopAsyncIteration
-        return event
-
-
 class AsyncNode:
     """`Node` for asyncio: `async with AsyncNode("web1") as node: await node.publish("logs.web1", "…")`.
 
@@ -331,6 +276,9 @@ class AsyncNode:
         engine = Engine(self._config, loop, in_turns)
         await engine.open()
         self._opened = engine
+        self._guard = _guard(engine)
+        await anext(self._guard)
+        _nodes[engine] = self._guard
         self._crowded = engine.outlet.crowded
         self._publishers = engine.outlet.publishers
         return self
@@ -449,7 +397,7 @@ class AsyncNode:
 
     def events(self) -> AsyncEventStream:
         """What happens from now on: PeerJoined, PeerLeft, DuplicateName, Gap, Warned."""
-        stream = AsyncEventStream(self._ready())
+        stream = AsyncEventStream(self._ready().forget_listener)
         self._engine.add_listener(stream)
         return stream
 
@@ -463,7 +411,11 @@ class AsyncNode:
         """See `Node.close`."""
         if self._opened is None or self._opened.refusal is not None:
             return []
-        return await self._at_home().close(timeout)
+        engine = self._at_home()
+        try:
+            return await engine.close(timeout)
+        finally:
+            await self._guard.aclose()
 
     async def __aenter__(self) -> AsyncNode:
         return await self.open()
@@ -476,6 +428,30 @@ class AsyncNode:
     def __repr__(self) -> str:
         state = "not open" if self._opened is None else "closed" if self._opened.refusal else "open"
         return f"<AsyncNode {self.name} on bus {self._config.bus}: {state}>"
+
+
+_nodes: dict[Engine, AsyncGenerator[None, None]] = {}
+"""Those that are open, with what asyncio.run closes before it closes their loop."""
+
+
+async def _guard(engine: Engine) -> AsyncGenerator[None, None]:
+    """Closes a node that nobody has closed. Its sockets, if left to the garbage collector, might block it for ever."""
+    try:
+        yield
+    finally:
+        _nodes.pop(engine, None)
+        if engine.refusal is None:
+            await engine.close(0.0)
+            warnings.warn(f"node {engine.config.name!r} was not closed", ResourceWarning, stacklevel=2, source=engine)
+
+
+def _after_fork() -> None:
+    """In a forked child: the sockets belong to the parent."""
+    for engine in _nodes:
+        engine.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _finish(future: asyncio.Future[None]) -> None:
