@@ -2,7 +2,7 @@
 
 Publishing gathers what one turn of the loop publishes and sends it at the end of the turn. Consuming drains the
 subscription's socket in the consumer's own task. Both let the loop have its turn every few milliseconds, however much
-there is to do. Cancelling a task that waits for a message loses nothing: after the last await nothing is taken back.
+there is to do. Cancelling a task that waits for a message loses nothing: a message is taken only after the last await.
 """
 
 from __future__ import annotations
