@@ -248,7 +248,7 @@ def test_the_envelope() -> None:
 
 def test_every_error_code() -> None:
     sent = set()
-    for file in (ROOT / "zmqbus" / "node").glob("*.py"):
+    for file in (ROOT / "zmqbus" / "node").rglob("*.py"):
         sent |= set(re.findall(r"\bError\(\s*\"([a-z_]+)\"", file.read_text()))
     listed = [row[0].strip("`") for row in rows(section("ERROR — 255"), "code")]
     assert sorted(listed) == sorted(sent)
@@ -258,7 +258,9 @@ def test_every_error_code() -> None:
 
 MODULES = {
     **dict.fromkeys(("topics", "frames", "commands", "history", "ring", "tracking", "membership", "peers"), "protocol"),
-    **dict.fromkeys(("publishing", "engine", "peering", "registry"), "node"),
+    "engine": "node",
+    **dict.fromkeys(("publisher", "outlet"), "node.publishing"),
+    **dict.fromkeys(("peering", "registry"), "node.peers"),
     **dict.fromkeys(("discovery", "sockets", "keys"), "net"),
 }
 NUMBERS = {row[2].strip("`"): row[0] for row in rows(section("Numbers"), "number")}

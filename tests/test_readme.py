@@ -26,6 +26,18 @@ def test_there_are_blocks() -> None:
     assert len(PYTHON) == 2
 
 
+def test_the_demo_proves_what_it_says() -> None:
+    """The command of the first screen, from its `zmqbus demo` on; the environment is this one."""
+    [block] = re.findall(r"<!-- demo -->\n```bash\n(.*?)```", README, re.DOTALL)
+    program, *args = block.strip().rsplit("&& ", 1)[1].split()
+    assert program == ".venv/bin/zmqbus"
+    command = [sys.executable, "-m", "zmqbus", *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Proved: " in done.stdout
+    assert "\npaused " in done.stdout
+
+
 @pytest.mark.parametrize(
     "name", sorted(set(re.findall(r"`((?:tests|docs|tools)/[\w./]+)(?:::(\w+))?`", README))), ids=str
 )

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     )
     from zmqbus.net.keys import BusKey
     from zmqbus.node.aio import AsyncNode, AsyncPublisher, AsyncSubscription
-    from zmqbus.node.events import AsyncEventStream, Event, EventStream, TopicInfo, Undelivered, Warned
+    from zmqbus.node.events import AsyncEventStream, Event, EventStream, KeyMismatch, TopicInfo, Undelivered, Warned
     from zmqbus.node.node import Node, Subscription
-    from zmqbus.node.publishing import Publisher
+    from zmqbus.node.publishing.publisher import Publisher
     from zmqbus.protocol.message import Message
     from zmqbus.protocol.peers import DuplicateName, Peer, PeerJoined, PeerLeft
     from zmqbus.protocol.tracking import Gap
@@ -61,7 +61,7 @@ _HOMES = {
     "Peer": "protocol.peers",
     "PeerJoined": "protocol.peers",
     "PeerLeft": "protocol.peers",
-    "Publisher": "node.publishing",
+    "Publisher": "node.publishing.publisher",
     "RemoteProtocolError": "errors",
     "SetupError": "errors",
     "Subscription": "node.node",
@@ -71,6 +71,7 @@ _HOMES = {
     "Undelivered": "node.events",
     "UnsupportedValue": "errors",
     "WaitTimeout": "errors",
+    "KeyMismatch": "node.events",
     "Warned": "node.events",
     "WrongLoop": "errors",
     "ZmqbusError": "errors",
@@ -91,6 +92,7 @@ __all__ = [
     "Gap",
     "GapError",
     "KeyFileError",
+    "KeyMismatch",
     "Message",
     "MessageTooLarge",
     "Node",

@@ -371,6 +371,8 @@ def test_human_age(seconds: float, text: str) -> None:
     ("text", "seconds"),
     [
         ("10s", 10.0),
+        ("10", 10.0),
+        (" 1.5 ", 1.5),
         ("500ms", 0.5),
         ("250us", 0.00025),
         ("1h30m", 5400.0),
@@ -390,7 +392,6 @@ def test_parse_duration(text: str, seconds: float) -> None:
     ("text", "reason"),
     [
         ("", "write a number and a unit"),
-        ("10", "write a number and a unit"),
         ("s", "write a number and a unit"),
         ("1h30", "write a number and a unit"),
         ("-1h", "write a number and a unit"),

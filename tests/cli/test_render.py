@@ -18,13 +18,12 @@ from rich.console import Console
 
 from zmqbus.cli.forms import FIELDS, Fields
 from zmqbus.cli.render import (
+    BYTES_SHOWN,
     COMPACT_DEPTH_MAX,
     HEX_BYTES_MAX,
+    ROWS_MAX,
     FormatString,
-    LastPerTopic,
     Line,
-    TopicRow,
-    TopicTable,
     compact,
     escape,
     hexdump,
@@ -106,16 +105,18 @@ def test_escape_is_for_eyes() -> None:
         ("a b\n", r"a b\n"),
         ('say "hi" \\', 'say "hi" \\'),
         ("", ""),
-        (b"", "||"),
+        (b"", 'b""'),
         (b"\x00hi", "006869 |.hi|"),
-        (b"0123456789abcdef", "30313233343536373839616263646566 |0123456789abcdef|"),
-        (b"0123456789abcdefg", "30313233343536373839616263646566… |0123456789abcdef…|"),
+        (b"caf\xe9 au\tlait \x1b[m", r'b"caf\xe9 au\tlait \x1b[m"'),
+        ("grün".encode(), 'b"grün"'),
+        (b'a "b" \\', r'b"a \"b\" \\"'),
+        (b"\xff\xfe", "fffe |..|"),
         (datetime(2026, 1, 1, tzinfo=UTC), "2026-01-01T00:00:00.000000Z"),
-        (Ext(5, b"x"), "ext(5, 78 |x|)"),
+        (Ext(5, b"x"), 'ext(5, b"x")'),
         ([], "[]"),
         ({}, "{}"),
         ((1, "a"), '[1,"a"]'),
-        ({"a": [1, {"b\n": None}], 2: b"x"}, r'{"a":[1,{"b\n":null}],2:78 |x|}'),
+        ({"a": [1, {"b\n": None}], 2: b"x"}, r'{"a":[1,{"b\n":null}],2:b"x"}'),
         (['say "hi" \\', "\x1b"], r'["say \"hi\" \\","\x1b"]'),
     ],
 )
@@ -124,6 +125,14 @@ def test_compact(value: Any, text: str) -> None:
     assert compact(value, len(text)) == text
     if len(text) > 1:
         assert compact(value, len(text) - 1) == text[: len(text) - 2] + "…"
+
+
+def test_binary_is_whole_in_a_pipe_and_seen_in_both_forms_on_a_terminal() -> None:
+    data = bytes(range(40))
+    assert compact(data) == f"{data.hex()} |{'.' * 32} !\"#$%&'|"
+    assert compact(data, 80) == f"{data[:16].hex()}… |{'.' * 16}…|"
+    assert compact(b"x" * 500) == f'b"{"x" * 500}"'
+    assert compact(b"x" * 500, 80) == f'b"{"x" * 77}…'
 
 
 def test_compact_looks_only_at_what_it_shows() -> None:
@@ -151,9 +160,9 @@ SCALARS = (
     | st.floats()
     | st.text()
     | st.sampled_from(HOSTILE)
-    | st.binary()
+    | st.binary(max_size=BYTES_SHOWN)
     | st.datetimes(timezones=st.just(UTC))
-    | st.builds(Ext, st.integers(-128, 127), st.binary())
+    | st.builds(Ext, st.integers(-128, 127), st.binary(max_size=BYTES_SHOWN))
 )
 VALUES = st.recursive(
     SCALARS,
@@ -212,17 +221,68 @@ def test_line_shows_local_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_line_on_a_terminal_is_coloured_and_cut() -> None:
-    assert line(60).render(fields({"status": 500, "path": "/index"})) == (
+    assert line(60).render(fields("GET /index HTTP/1.1")) == (
         "\x1b[2m03:53:20.123\x1b[0m\x1b[36m  logs.web1\x1b[0m\x1b[32m  web1#42\x1b[0m"
-        '\x1b[2m  23 B\x1b[0m\x1b[2m  250ms\x1b[0m  {"status":50…'
+        "\x1b[2m  20 B\x1b[0m\x1b[2m  250ms\x1b[0m  GET /index H…"
     )
 
 
 def test_no_color_leaves_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    rendered = line(60).render(fields({"status": 500, "path": "/index"}))
-    assert rendered == '03:53:20.123  logs.web1  web1#42  23 B  250ms  {"status":50…'
+    rendered = line(60).render(fields("GET /index HTTP/1.1"))
+    assert rendered == "03:53:20.123  logs.web1  web1#42  20 B  250ms  GET /index H…"
     assert cell_len(rendered) == 60
+
+
+def test_a_map_is_spread_out_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"status": 500, "path": "/index"}
+    coloured = line(80).render(fields(value))
+    assert coloured.endswith('\x1b[33m  status: \x1b[0m500\x1b[33m  path: \x1b[0m"/index"')
+    monkeypatch.setenv("NO_COLOR", "1")
+    head = "03:53:20.123  logs.web1  web1#42  23 B  250ms"
+    assert line(80).render(fields(value)) == f'{head}  status: 500  path: "/index"'
+    assert line(60).render(fields(value)) == f'{head}\n    status: 500\n    path: "/index"'
+    assert line(60).render(fields({})) == f"{head.replace('23 B', '1 B')}  {{}}"
+
+
+def test_a_map_that_does_not_fit_is_wrapped_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    value = {"agent": "x" * 50, "tags": ["one", {"deep": "y" * 20, "more": [1, 2]}], 7: None}
+    head, *rows = line(40).render(fields(value)).splitlines()
+    assert head == "03:53:20.123  logs.web1  web1#42  106 B…"
+    assert rows == [
+        "    agent:",
+        '        "' + "x" * 31,
+        "        " + "x" * 19 + '"',
+        "    tags:",
+        '        - "one"',
+        "        -",
+        '            deep: "' + "y" * 20 + '"',
+        "            more: [1,2]",
+        "    7: null",
+    ]
+    rows = line(40).render(fields({f"key{i}": i for i in range(1000)})).splitlines()
+    assert len(rows) == 1 + ROWS_MAX + 1
+    assert rows[-1] == "    …"
+
+
+def test_a_brief_line_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    brief = Line(Console(file=Terminal(), width=60), brief=True).render(fields({"status": 500, "path": "/index"}))
+    assert brief == '03:53:20.123  logs.web1  web1#42  23 B  250ms  {"status":50…'
+
+
+def test_headers_are_shown() -> None:
+    rendered = line().render(fields("hi", headers={"trace": "7f3a", "n\x1b": 2}))
+    assert rendered == r"03:53:20.123  logs.web1  web1#42  3 B  250ms  [trace=7f3a n\x1b=2]  hi"
+
+
+@pytest.mark.parametrize("width", range(1, 90, 4))
+def test_a_map_never_exceeds_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    value = {"日本" * 30: {"a": "日本" * 40, "b": [[["日本" * 9]]]}, "k": 7}
+    rendered = line(width).render(fields(value, topic="日.本"))
+    assert all(cell_len(row) <= width for row in rendered.splitlines())
 
 
 def test_a_dumb_terminal_gets_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,8 +337,8 @@ def test_no_message_can_steer_the_terminal(value: Any, topic: str, node: str, wi
     # Our colours come in pairs and are the only control sequences; a peer's ESC would be left over.
     plain = SGR.sub("", rendered)
     assert all(row.isprintable() for row in plain.split("\n"))
-    assert dump or "\n" not in plain
-    assert set(SGR.findall(rendered)) <= {"\x1b[2m", "\x1b[36m", "\x1b[32m", "\x1b[0m"}
+    assert dump or (width is not None and type(value) in (dict, list)) or "\n" not in plain
+    assert set(SGR.findall(rendered)) <= {"\x1b[2m", "\x1b[36m", "\x1b[32m", "\x1b[33m", "\x1b[0m"}
 
 
 def test_a_peers_own_colours_are_shown_as_text() -> None:
@@ -310,7 +370,6 @@ RICH = {
 @pytest.mark.parametrize(
     ("template", "text"),
     [
-        ("", ""),
         ("plain {{braces}}", "plain {braces}"),
         ("{topic} {seq} {origin} {node} {size}", "logs.web1 42 0000000000000abc web1 113"),
         ("{headers} {headers.k} {headers.nope}", '{"k":"v"} v '),
@@ -342,6 +401,7 @@ def test_template(template: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
+        ("", "it is empty"),
         ("{status}", "unknown field 'status'; there are topic, value, seq, origin, node, time, age, size, headers"),
         ("{}", "is not a field"),
         ("{0}", "unknown field '0'"),
@@ -373,6 +433,11 @@ def test_a_bad_template_says_what_is_wrong(template: str, reason: str) -> None:
     assert caught.value.template == template
 
 
+def test_a_template_shows_bytes_that_are_text() -> None:
+    assert FormatString("{value}").render(fields(b"caf\xe9 au lait")) == r"caf\xe9 au lait"
+    assert FormatString("{value}").render(fields(b"\x00\x01")) == "0001"
+
+
 def test_a_template_reaches_no_python_attributes() -> None:
     assert FormatString("[{value.__class__}{topic.__len__}{value.keys}]").render(fields(RICH)) == "[]"
 
@@ -402,60 +467,3 @@ def test_any_template_is_refused_or_renders_printably(template: str, value: Any,
     rendered = form.render(fields(value, topic=topic, node=topic, headers={"a": value}))
     if template.isprintable() and "\\" not in template:
         assert rendered.isprintable()
-
-
-# --- tables ------------------------------------------------------------------------------------
-
-
-def test_topic_table_counts_and_sorts() -> None:
-    table = TopicTable()
-    assert table.rows(now=0.0) == []
-    for topic, size in (("b", 10), ("a", 5), ("c", 1), ("c", 2)):
-        table.add(topic, size, now=100.0)
-    rows = table.rows(now=104.0)
-    assert [(row.topic, row.count, row.bytes) for row in rows] == [("c", 2, 3), ("a", 1, 5), ("b", 1, 10)]
-    assert [row.rate for row in rows] == [0.5, 0.25, 0.25]
-
-
-def test_topic_table_rate_slides() -> None:
-    table = TopicTable(window=5.0)
-    for i in range(100):  # ten a second, for ten seconds
-        table.add("t", 1, now=100.0 + i * 0.1)
-    assert table.rows(now=110.0)[0].rate == pytest.approx(10.0, rel=0.05)
-    assert table.rows(now=112.5)[0].rate == pytest.approx(5.0, rel=0.15)
-    assert table.rows(now=115.5)[0].rate == 0.0
-    assert table.rows(now=1e9)[0].rate == 0.0
-    table.add("t", 1, now=1e9)
-    assert 0 < table.rows(now=1e9)[0].rate <= 0.25
-    assert table.rows(now=1e9)[0].count == 101
-
-
-def test_topic_table_rate_at_its_start_and_with_a_late_topic() -> None:
-    table = TopicTable(window=5.0)
-    for _ in range(10):
-        table.add("early", 1, now=100.0)
-    assert table.rows(now=100.0)[0].rate == 20.0  # over half a second at least: one part of the window
-    assert table.rows(now=101.0)[0].rate == 10.0
-    table.add("late", 1, now=101.0)
-    assert table.rows(now=102.0)[1] == TopicRow("late", 1, 1, 0.5)
-
-
-def test_topic_table_is_bounded_and_says_what_it_dropped() -> None:
-    table = TopicTable(topics_max=2)
-    for topic in ("a", "b", "c", "a", "d", "c"):
-        table.add(topic, 1, now=1.0)
-    assert [(row.topic, row.count) for row in table.rows(now=1.0)] == [("a", 2), ("b", 1)]
-    assert table.dropped == 3
-
-
-def test_rows_print_safely() -> None:
-    assert TopicRow("t\x1b[31m", 12_345, 2048, 1234.0).cells() == (r"t\x1b[31m", "12,345", "2 KiB", "1.2k/s")
-
-
-def test_last_per_topic() -> None:
-    last = LastPerTopic(topics_max=2)
-    messages = [Message(topic, i, i, 1, 0.0) for i, topic in enumerate(["b", "a", "b", "c", "a", "c"])]
-    for message in messages:
-        last.add(message)
-    assert last.messages() == [messages[4], messages[2]]
-    assert last.dropped == 2

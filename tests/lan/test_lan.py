@@ -24,6 +24,7 @@ pytestmark = pytest.mark.netns
 Nodes = dict[str, Agent]
 
 STRANGER = Path(__file__).with_name("stranger.py")
+HELD_MAX = 50_000  # of these small messages a history holds far more
 GONE_S = 6.0  # a dead peer is gone from `peers()` after this; the promise
 MDNS_DROPPED = """
 table inet hostile {
@@ -73,11 +74,19 @@ def up_to_date(nodes: Nodes) -> None:
 
 
 def conclude(nodes: Nodes) -> None:
-    """Stop publishing; everybody must have received or reported as lost every message of everybody."""
+    """Let everybody publish some more, and stop: everybody must have received every message of everybody.
+
+    Nothing may be lost: the histories hold all that these tests publish.
+    """
+    up_to_date(nodes)
+    lost = {name: agent.report()["lost"] for name, agent in nodes.items()}
+    time.sleep(1)  # some messages of after the trouble, while there is none
     last = {name: agent.ask("stop_flow", topic=f"from.{name}") for name, agent in nodes.items()}
     for agent in nodes.values():
         for name, seq in last.items():
+            assert seq <= HELD_MAX
             wait_exact(agent, f"from.{name}", seq)
+    assert lost == {name: agent.report()["lost"] for name, agent in nodes.items()} == dict.fromkeys(nodes, 0)
 
 
 # --- finding each other --------------------------------------------------------------------------

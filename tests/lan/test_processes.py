@@ -128,7 +128,7 @@ def test_close_is_bounded_when_a_subscriber_is_stopped(bus: str, agents: Agents)
     wait_exact(stopped, "t", 5_000)  # what it could still receive, and the rest as lost: nobody has it any more
 
 
-def flood(agents: Agents, bus: str, seconds: float, **options: int) -> int:
+def flood(agents: Agents, bus: str, seconds: float, size: int = 100, **options: int) -> int:
     """Of two subscribers one is stopped for so long, under 20,000 messages a second. Returns how many it lost."""
     publisher, stopped, quick = agents.start(), agents.start(), agents.start()
     publisher.open("publisher", bus=bus, **options)
@@ -136,7 +136,7 @@ def flood(agents: Agents, bus: str, seconds: float, **options: int) -> int:
         agent.open(name, bus=bus)
         agent.ask("subscribe", node=name, ear="ear", patterns=["t"])
     publisher.ask("wait_for_subscribers", node="publisher", topic="t", n=2, timeout=20)
-    publisher.ask("flow", node="publisher", topic="t", rate=20_000, size=100)
+    publisher.ask("flow", node="publisher", topic="t", rate=20_000, size=size)
     wait_until(lambda: ranges(stopped.report(), "t") and ranges(quick.report(), "t"))
     stopped_after = publisher.ask("flowed", topic="t")
     stopped.signal(signal.SIGSTOP)
@@ -163,7 +163,8 @@ def test_a_subscriber_stopped_under_load_gets_everything_from_a_large_history(bu
 
 
 def test_a_subscriber_stopped_under_load_knows_what_a_small_history_lost(bus: str, agents: Agents) -> None:
-    assert flood(agents, bus, 2.0, history_bytes=100_000) > 0
+    # 40 MB: more than the queues of both sides (4 MiB each) and what the kernel holds between them.
+    assert flood(agents, bus, 2.0, size=1000, history_bytes=100_000) > 0
 
 
 @pytest.mark.campaign

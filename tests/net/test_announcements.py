@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from zmqbus.errors import SetupError
 from zmqbus.net import clock, discovery
 from zmqbus.net.discovery import Discovery, Found, check_bus
+from zmqbus.net.interfaces import Address
 from zmqbus.net.mdns import SERVICE_TYPE, Announcement
 
 
@@ -137,7 +138,7 @@ def test_warnings_cannot_be_made_into_a_flood(monkeypatch: pytest.MonkeyPatch) -
     now = 0.0
     monkeypatch.setattr(clock, "now", lambda: now)
     told: list[str] = []
-    warnings = discovery._Warnings(told.append)
+    warnings = discovery.Warnings(told.append, "mDNS: ")
 
     warnings.say("one", "first")
     warnings.say("one", "again")
@@ -163,6 +164,30 @@ def test_warnings_cannot_be_made_into_a_flood(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_warning_is_one_printable_line(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    discovery._Warnings(told.append).say("x", "\x1b[31mred\nline" + "é" * 1000)
+    discovery.Warnings(told.append, "mDNS: ").say("x", "\x1b[31mred\nline" + "é" * 1000)
     assert told[0].startswith("mDNS: ?[31mred?lineéé")
     assert len(told[0]) == len("mDNS: ") + discovery.WARNING_CHARACTERS_MAX
+
+
+# --- what a peer says of itself in HELLO ---------------------------------------------------------
+
+NETWORK = [Address("10.0.0.1", 24, "eth0")]
+LOOPBACK = [Address("127.0.0.1", 8, "lo")]
+
+
+@pytest.mark.parametrize(
+    ("said", "local", "expected"),
+    [
+        (["tcp://10.9.0.2:5", "tcp://10.0.0.2:5"], NETWORK, ["tcp://10.0.0.2:5", "tcp://10.9.0.2:5"]),
+        (["tcp://127.0.0.1:5", "tcp://10.0.0.2:5"], NETWORK, ["tcp://10.0.0.2:5"]),
+        (["tcp://127.0.0.1:5"], NETWORK, []),
+        (["tcp://127.0.0.1:5", "tcp://10.0.0.2:5"], LOOPBACK, ["tcp://127.0.0.1:5"]),
+        (["junk", "tcp://[::1]:5", "tcp://10.0.0.2:99999", "tcp://10.0.0.3:5"], NETWORK, ["tcp://10.0.0.3:5"]),
+        (["tcp://somewhere.example:5"], NETWORK, []),
+        ([], NETWORK, []),
+    ],
+)
+def test_of_a_peers_endpoints_only_those_that_can_be_its_own_are_dialled(
+    said: list[str], local: list[Address], expected: list[str]
+) -> None:
+    assert discovery.to_dial(said, local) == expected

@@ -20,6 +20,7 @@ from zmqbus.net.interfaces import (
     best_candidate,
     is_loopback,
     local_addresses,
+    loopback_is_up,
     resolve_interface,
 )
 
@@ -119,6 +120,37 @@ def test_the_watch_reports_each_change_once(machine: Machine) -> None:
     assert watch.local == [WIRE, RADIO]
 
 
+def test_without_a_network_loopback_stands_in(machine: Machine) -> None:
+    machine.down |= {"eth0", "wlan0"}
+    watch = AddressWatch(None)
+    assert watch.addresses == ["127.0.0.1"]
+    assert watch.is_offline
+    assert "only nodes on this machine" in str(watch.trouble)
+    assert not watch.is_behind
+    machine.down.clear()
+    assert watch.is_behind  # before the poll that will tell
+    assert watch.addresses == ["127.0.0.1"]
+    assert watch.poll() == ["192.168.1.10", "192.168.7.20"]
+    assert (watch.is_offline, watch.is_behind, watch.trouble) == (False, False, None)
+
+
+def test_who_asked_for_loopback_is_not_offline(machine: Machine) -> None:
+    watch = AddressWatch("127.0.0.1")
+    assert (watch.is_offline, watch.is_behind, watch.trouble) == (False, False, None)
+
+
+@pytest.mark.parametrize(
+    ("interface", "advice"),
+    [(None, "not even loopback"), ("127.0.0.1", "ip link set lo up"), ("eth0", "no network: eth0 is down")],
+)
+def test_no_interface_at_all_is_told(machine: Machine, interface: str | None, advice: str) -> None:
+    machine.down |= {"lo", "eth0", "wlan0"}
+    watch = AddressWatch(interface)
+    assert watch.addresses == []
+    assert advice in str(watch.trouble)
+    assert not loopback_is_up()
+
+
 def test_the_watch_does_not_mind_the_order(machine: Machine) -> None:
     watch = AddressWatch(None)
     machine.addresses.reverse()
@@ -214,7 +246,7 @@ def test_the_watch_follows_links_and_addresses(interface: str) -> None:
         assert watcher.poll() == "None"
 
         host.link_down()
-        assert watcher.poll() == "[]"
+        assert watcher.poll() == ("[]" if interface else "['127.0.0.1']")
         host.link_up()
         assert watcher.poll() == "['10.77.0.1']"
 

@@ -18,7 +18,7 @@ from zmqbus.errors import AuthError, SetupError
 from zmqbus.net import zap
 from zmqbus.net.keys import BusKey
 from zmqbus.net.sockets import SocketFactory, parse_monitor
-from zmqbus.net.zap import ZapHandler, answer, stranger_is_refused
+from zmqbus.net.zap import ZapHandler, answer, strangers_are_refused
 
 KEY = BusKey(bytes(range(32)))
 OTHER_KEY = BusKey(bytes(range(1, 33)))
@@ -363,7 +363,7 @@ async def test_one_handler_per_context():
 @on_loop
 async def test_self_test_passes_on_a_safe_endpoint(role):
     with closing(House(role, "running")) as house:
-        await stranger_is_refused(house.factory, KEY, house.endpoint, role)
+        await strangers_are_refused(house.factory, KEY, {role: house.endpoint})
         assert house.handler.statistics() == {"admitted": 1, "refused": 1, "failed": 0}  # NULL never gets to ask
         if role == "inbox":
             assert not house.socket.poll(0)  # nothing was sent
@@ -393,7 +393,7 @@ async def test_self_test_fails_where_strangers_get_in(curve, who):
         closing(SocketFactory(KEY)) as factory,
         pytest.raises(AuthError, match=rf"{server.endpoint} failed: a stranger {who} was let in"),
     ):
-        await stranger_is_refused(factory, KEY, server.endpoint)
+        await strangers_are_refused(factory, KEY, {"inbox": server.endpoint})
 
 
 @on_loop
@@ -401,7 +401,7 @@ async def test_self_test_fails_where_members_are_refused():
     with closing(House("inbox", "running")) as house:
         house.handler._client_public = z85.decode(OTHER_KEY.client.public)
         with pytest.raises(AuthError, match="a member holding our bus key was refused"):
-            await stranger_is_refused(house.factory, KEY, house.endpoint)
+            await strangers_are_refused(house.factory, KEY, {"inbox": house.endpoint})
 
 
 @pytest.mark.parametrize("handler", ["stopped", "never made", "stalled"])
@@ -412,10 +412,27 @@ async def test_self_test_is_bounded_when_nobody_decides(handler, monkeypatch):
         closing(House("inbox", handler)) as house,
         pytest.raises(AuthError, match="got no verdict on a stranger with"),
     ):
-        await stranger_is_refused(house.factory, KEY, house.endpoint)
+        await strangers_are_refused(house.factory, KEY, {"inbox": house.endpoint})
 
 
 @on_loop
 async def test_self_test_needs_a_key():
     with closing(SocketFactory(None)) as factory, pytest.raises(AuthError, match="without a bus key"):
-        await stranger_is_refused(factory, KEY, "tcp://127.0.0.1:5555")
+        await strangers_are_refused(factory, KEY, {"inbox": "tcp://127.0.0.1:5555"})
+
+
+@on_loop
+async def test_self_test_says_at_once_that_loopback_is_down(monkeypatch):
+    monkeypatch.setattr(zap, "loopback_is_up", lambda: False)
+    with closing(House("inbox", "running")) as house, pytest.raises(SetupError, match="loopback is down"):
+        await strangers_are_refused(house.factory, KEY, {"inbox": house.endpoint})
+
+
+@on_loop
+async def test_self_test_of_two_endpoints_names_the_one_that_fails():
+    with (
+        closing(House("pub", "running")) as house,
+        closing(CarelessServer(curve=True)) as server,
+        pytest.raises(AuthError, match=rf"{server.endpoint} failed: a stranger with a key of its own was let in"),
+    ):
+        await strangers_are_refused(house.factory, KEY, {"pub": house.endpoint, "inbox": server.endpoint})

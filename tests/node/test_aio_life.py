@@ -22,7 +22,7 @@ def alone(bus: str) -> zmqbus.AsyncNode:
 
 async def never_registered(monkeypatch: pytest.MonkeyPatch, node: zmqbus.AsyncNode) -> None:
     """From now on a subscription of this node waits for peers that do not answer."""
-    monkeypatch.setattr(node._engine.peering.registry, "registered", lambda intake: False)
+    monkeypatch.setattr(node._engine.peering.registry, "unregistered", lambda intake: [0])
 
 
 # --- before and after ----------------------------------------------------------------------------

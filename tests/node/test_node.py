@@ -306,7 +306,7 @@ def test_close_waits_until_subscribers_have_all(pair: tuple[zmqbus.Node, zmqbus.
 def test_what_was_received_outlives_its_publisher(
     pair: tuple[zmqbus.Node, zmqbus.Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zmqbus.node.registry.LEAVE_PATIENCE", 0.1)
+    monkeypatch.setattr("zmqbus.node.peers.registry.LEAVE_PATIENCE", 0.1)
     a, b = pair
     events = b.events()
     subscription = b.subscribe("testament")
@@ -359,15 +359,16 @@ with zmqbus.Node("slow", bus={bus!r}) as node, node.subscribe("load") as subscri
 
 
 def lose_next(node: zmqbus.Node, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the wire swallow what the node sends next."""
+    """Have the wire swallow the next batches that the node sends on topic t."""
     broadcast = node._engine.outlet.broadcast
     send = broadcast._send_plain
     left = frames
 
     def swallow(frame: bytes, flags: int) -> None:
         nonlocal left
-        left -= 1
-        if left < 0:
+        if frame.startswith(b"t\0\1\1") and left:
+            left -= 1
+        else:
             send(frame, flags)
 
     monkeypatch.setattr(broadcast, "_send_plain", swallow)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 
 import pytest
 
 import zmqbus
 from tests.node.conftest import drain, eventually
-from zmqbus.node import publishing
 from zmqbus.node.engine import FRAMES_QUEUED
+from zmqbus.node.publishing import publisher as publishing
 
 
 def test_at_a_low_rate_every_message_is_a_frame_and_waits_for_nothing(
@@ -156,3 +157,36 @@ def test_what_waits_for_a_subscriber_that_does_not_read_is_bounded_in_bytes(bus:
         drained.join(30)
         assert not drained.is_alive()
         assert len(received[0].value) == size
+
+
+def test_who_only_observes_is_neither_counted_nor_waited_for_and_is_told_what_it_missed(bus: str) -> None:
+    with zmqbus.Node("a", bus=bus) as a, zmqbus.Node("b", bus=bus) as b, zmqbus.Node("tap", bus=bus) as tap:
+        observer = tap.subscribe("t", observe=True)
+        with pytest.raises(zmqbus.WaitTimeout):
+            a.wait_for_subscribers("t", 1, 0.5)
+        reader = b.subscribe("t")
+        a.wait_for_subscribers("t", 1, 10)
+        assert a.wait_for_peers(2, 10)
+        eventually(lambda: a._engine.outlet.broadcast.observed)
+        a.publish("t", "first")
+        assert drain(observer, 1)[0].value == "first"
+        count = 200
+        big = bytes(1024 * 1024)
+        publishing_thread = threading.Thread(target=lambda: [a.publish("t", big) for _ in range(count)])
+        publishing_thread.start()
+        assert len(drain(reader, 1 + count)) == 1 + count  # while the observer reads nothing at all
+        publishing_thread.join(30)
+        assert a.statistics()["fetches_served"] == 0
+        assert a.close() == []  # the reader has all, and nobody else is waited for
+        received, deadline = 1, time.monotonic() + 20
+        while received + sum(gap.count for gap in observer.gaps) < 1 + count:
+            assert time.monotonic() < deadline
+            received += observer.get(0.1) is not None
+        assert received + observer.lost == 1 + count
+        assert observer.lost > 0
+        assert observer.repaired == 0
+
+
+def test_who_observes_cannot_ask_for_history(node: zmqbus.Node) -> None:
+    with pytest.raises(zmqbus.SetupError, match="history"):
+        node.subscribe("t", history=1, observe=True)

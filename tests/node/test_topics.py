@@ -12,7 +12,7 @@ import pytest
 
 import zmqbus
 from zmqbus.node.engine import TOPICS_PER_STATS
-from zmqbus.node.links import Link
+from zmqbus.node.wiring.links import Link
 
 
 def test_streams_of_all_nodes_are_listed(pair: tuple[zmqbus.Node, zmqbus.Node]) -> None:

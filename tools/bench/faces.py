@@ -163,11 +163,9 @@ def node_receiver(parent: Parent, bus: str, key: str | None, endpoint: str, coun
     """`for message in subscription`."""
     from zmqbus import Node
 
-    with (
-        Node("receiver", bus=bus, key=key, interface="127.0.0.1", discovery="static", peers=[endpoint]) as node,
-        node.subscribe(TOPIC) as subscription,
-    ):
+    with Node("receiver", bus=bus, key=key, interface="127.0.0.1", discovery="static", peers=[endpoint]) as node:
         node.wait_for_peers(1, CONNECT_S)
+        subscription = node.subscribe(TOPIC)
         parent.tell(ready=True)
         next(subscription)
         used, start = cpu_s(), perf_counter()
@@ -213,13 +211,11 @@ def async_node_receiver(parent: Parent, bus: str, key: str | None, endpoint: str
     from zmqbus import AsyncNode
 
     async def run() -> None:
-        async with (
-            AsyncNode(
-                "receiver", bus=bus, key=key, interface="127.0.0.1", discovery="static", peers=[endpoint]
-            ) as node,
-            node.subscribe(TOPIC) as subscription,
-        ):
+        async with AsyncNode(
+            "receiver", bus=bus, key=key, interface="127.0.0.1", discovery="static", peers=[endpoint]
+        ) as node:
             await node.wait_for_peers(1, CONNECT_S)
+            subscription = await node.subscribe(TOPIC)
             parent.tell(ready=True)
             await anext(subscription)
             used, start = cpu_s(), perf_counter()

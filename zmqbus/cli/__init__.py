@@ -1,107 +1,26 @@
 """The command line. It only presents: what it shows comes from nodes.
 
-`main` is the entry point of the `zmqbus` script; `cli` the group of its commands. What they share is in shell.py.
+`main` is the entry point of the `zmqbus` script. The commands are gathered in group.py, which is loaded by `main` and
+not before: a Ctrl-C while Python still loads things must be as quiet as any other.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
-import click
-
-from zmqbus.cli import shell
-from zmqbus.cli.demo import demo
-from zmqbus.cli.pubsub import pub, sub
-from zmqbus.cli.tap import tap
-from zmqbus.cli.views import completion, keygen, nodes, topics
-from zmqbus.node import RELEASE
-
-_EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in shell.EXIT_CODES.items())
-
-
-class _Group(click.Group):
-    def main(self, *args: Any, **extra: Any) -> Any:
-        """As click's, with our errors and exit codes; so in tests as well."""
-        extra |= {"prog_name": "zmqbus", "standalone_mode": False}
-        sys.exit(shell.guarded(lambda: super(_Group, self).main(*args, **extra)))
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click's; without any arguments, say what there is."""
-        if not args and not ctx.resilient_parsing:
-            click.echo(ctx.get_help(), err=True)
-            ctx.exit(shell.USAGE)
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> int:
-        """As click's, which has its own way with Ctrl-C and closed pipes: do not let it see them."""
-        return shell.guarded(lambda: super(_Group, self).invoke(ctx))
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of use, not of the alphabet."""
-        return list(self.commands)
-
-
-@click.group(
-    cls=_Group, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
-@click.option(
-    "--bus",
-    default="default",
-    show_default=True,
-    metavar="NAME",
-    envvar="ZMQBUS_BUS",
-    show_envvar=True,
-    help="Which bus: nodes see only nodes of the same bus.",
-)
-@click.option(
-    "--key-file",
-    type=click.Path(),  # for completion; what is wrong with it, BusKey says better
-    metavar="FILE",
-    envvar="ZMQBUS_KEY_FILE",
-    show_envvar=True,
-    help="The bus key (see keygen). Without one everything stays on this machine.",
-)
-@click.option(
-    "--interface",
-    metavar="ADDR",
-    envvar="ZMQBUS_INTERFACE",
-    show_envvar=True,
-    help="With a key: the network interface to use, by name or address. Default: all.",
-)
-@click.option(
-    "--peer",
-    "peers",
-    multiple=True,
-    metavar="ENDPOINT",
-    envvar="ZMQBUS_PEER",
-    show_envvar=True,
-    help="A node to join, tcp://HOST:PORT, where mDNS does not reach; may be repeated (in the environment: "
-    "separated by spaces). One that can be reached is enough to find the rest.",
-)
-@click.version_option(RELEASE, prog_name="zmqbus", message="%(prog)s %(version)s")
-@click.pass_context
-def cli(context: click.Context, bus: str, key_file: str | None, interface: str | None, peers: tuple[str, ...]) -> None:
-    """Messaging without a broker: nodes find each other, publish and subscribe, and repair what was missed.
-
-    \b
-    Try this, in two terminals:
-      zmqbus tap
-      zmqbus pub greetings.world hello
-    or, in one, on your own log files:
-      zmqbus demo
-    """
-    context.obj = shell.Bus(bus, key_file, interface, peers)
-
-
-for command in (demo, pub, sub, tap, nodes, topics, keygen, completion):
-    cli.add_command(command)
+import signal
 
 
 def main() -> None:
     """Run the command line of this process, and exit."""
-    shell.prepare()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)  # ends the process without a word; there is nothing to tidy up yet
+    from zmqbus.cli.group import cli
+    from zmqbus.cli.shell import stopping
+
+    stopping.prepare()
+    code: object = None
     try:
         cli.main()
-    finally:
-        shell.conclude()
+    except SystemExit as end:
+        code = end.code
+    stopping.conclude(code if isinstance(code, int) else 0)

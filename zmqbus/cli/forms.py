@@ -299,12 +299,17 @@ def human_age(seconds: float) -> str:
 
 _DURATION_UNITS = {"w": 604_800.0, "d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
 _DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|us|[wdhms])\s*")
-_DURATION_HELP = "write a number and a unit (us, ms, s, m, h, d, w), such as 500ms, 10s, 1h30m or 2d"
+_DURATION_PLAIN = re.compile(r"[0-9]+(?:\.[0-9]+)?")
+_DURATION_HELP = (
+    "write a number and a unit (us, ms, s, m, h, d, w), such as 10s, 500ms, 1h30m or 2d; without a unit: seconds"
+)
 
 
 def parse_duration(text: str) -> float:
-    """Seconds meant by `500ms`, `10s`, `1h30m`, `2d`. Units descend, each used once. Raises ParseError."""
+    """Seconds meant by `10`, `500ms`, `10s`, `1h30m`, `2d`. Units descend, each used once. Raises ParseError."""
     rest, total, previous = text.strip(), 0.0, math.inf
+    if _DURATION_PLAIN.fullmatch(rest):
+        rest += "s"
     while (part := _DURATION_PART.match(rest)) is not None:
         unit = _DURATION_UNITS[part[2]]
         if unit >= previous:

@@ -11,11 +11,12 @@ import re
 import string
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 import msgspec
 from msgspec.msgpack import Ext
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len, chop_cells, set_cell_size
 from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
@@ -26,7 +27,11 @@ from zmqbus.errors import FormatError
 from zmqbus.protocol.message import Message
 
 COMPACT_DEPTH_MAX = 64  # a peer may nest as deep as our stack; nobody reads deeper than this
-BYTES_SHOWN = 16  # of bytes within a line
+BYTES_SHOWN = 16  # of binary bytes within a line on a terminal
+SAMPLE_BYTES = 256  # that tell text from binary
+ROWS_MAX = 40  # of one map or array on a terminal
+INDENT = 4
+KEY_SHOWN = 40  # characters of a key that has a row
 HEX_BYTES_MAX = 4_096  # in a hexdump: 256 rows are more than anybody reads; --json has all
 TOPICS_MAX = 10_000  # rows of counts: some 5 MB
 MESSAGES_MAX = 1_000  # whole messages kept: mostly small, but each may be as large as the bus carries
@@ -44,12 +49,12 @@ def escape(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def compact(value: Any, limit: int | None = None) -> str:
-    """A value on one line, JSON-like; text bare, bytes as `hex |ascii|`. Beyond `limit` characters it ends in `…`.
+def compact(value: Any, limit: int | None = None, *, bare: bool = True) -> str:
+    """A value on one line, JSON-like; bytes as `b"text"` or `hex |ascii|`; text `bare`. Beyond `limit` it ends in `…`.
 
-    The work is bounded by `limit` as well: what is not shown is not looked at.
+    The work is bounded by `limit`, in characters, as well: what is not shown is not looked at.
     """
-    if type(value) is str:
+    if bare and type(value) is str:
         shown = escape(value if limit is None else value[: limit + 1])
     else:
         pieces, length = [], 0
@@ -70,11 +75,11 @@ def _pieces(value: Any, limit: int | None, depth: int) -> Iterator[str]:
         cut = value if limit is None else value[: limit + 1]
         yield '"' + escape(cut.replace("\\", "\\\\").replace('"', '\\"')) + '"'
     elif kind is bytes:
-        yield _short_bytes(value)
+        yield _bytes(value, limit)
     elif kind is datetime:
         yield rfc3339(value)
     elif kind is Ext:
-        yield f"ext({value.code}, {_short_bytes(value.data)})"
+        yield f"ext({value.code}, {_bytes(value.data, limit)})"
     elif kind is dict or kind is list or kind is tuple:
         if depth == 0:
             yield "…"
@@ -94,11 +99,28 @@ def _pieces(value: Any, limit: int | None, depth: int) -> Iterator[str]:
         yield escape(repr(value))  # numbers, and what only a typed subscription hands out
 
 
-def _short_bytes(data: bytes) -> str:
-    first = data[:BYTES_SHOWN]
-    if len(data) > BYTES_SHOWN:
-        return f"{first.hex()}… |{_ascii(first)}…|"
-    return f"{first.hex()} |{_ascii(first)}|" if data else "||"
+def legible(data: bytes) -> bool:
+    """Whether bytes are text, if not all of it UTF-8: no controls but those of texts, and at least half readable."""
+    sample = data[:SAMPLE_BYTES]
+    if any(byte < 0x20 and byte not in b"\t\n\r\x1b" for byte in sample):
+        return False
+    text = sample.decode(errors="replace")
+    return text.count("\ufffd") * 2 <= len(text)
+
+
+def bytes_as_text(data: bytes) -> str:
+    """Bytes that are legible; those that are not UTF-8 as `\\xff`."""
+    return escape(data.decode(errors="backslashreplace"))
+
+
+def _bytes(data: bytes, limit: int | None) -> str:
+    if legible(data):
+        cut = data if limit is None else data[: 4 * (limit + 2)]  # a character takes four at most
+        return 'b"' + bytes_as_text(cut.replace(b"\\", b"\\\\").replace(b'"', b'\\"')) + '"'
+    if limit is None or len(data) <= BYTES_SHOWN:
+        return f"{data.hex()} |{_ascii(data)}|"
+    first = data[:BYTES_SHOWN]  # so that both forms are seen
+    return f"{first.hex()}… |{_ascii(first)}…|"
 
 
 def _ascii(data: bytes) -> str:
@@ -117,50 +139,118 @@ def hexdump(data: bytes) -> str:
     return "\n".join(rows)
 
 
-# --- one line per message ----------------------------------------------------------------------
+# --- one line per message, or more for a map -----------------------------------------------------
 
-_DIM, _TOPIC, _NODE, _PLAIN = Style(dim=True), Style(color="cyan"), Style(color="green"), Style()
+_DIM, _TOPIC, _NODE, _KEY, _PLAIN = (
+    Style(dim=True),
+    Style(color="cyan"),
+    Style(color="green"),
+    Style(color="yellow"),
+    Style(),
+)
+Part = tuple[str, Style]
 
 
 class Line:
     """The human form of a message: `12:34:56.789  topic  node#seq  17 B  3ms  value`, time in the local zone.
 
-    On a terminal it is coloured (unless NO_COLOR is set) and cut to the width; in a pipe it is plain and whole.
+    Headers, where there are some, stand before the value: `[trace=7f3a]`. In a pipe a line is plain and whole. On a
+    terminal it is coloured (unless NO_COLOR is set); a map or array is spread out, over indented rows if it does not
+    fit; any other value is cut to the width, and with `brief` these as well.
     With `dump`, a hexdump follows in place of the value: of bytes as they are, of any other value as msgpack.
     """
 
-    def __init__(self, console: Console, *, dump: bool = False) -> None:
+    def __init__(self, console: Console, *, dump: bool = False, brief: bool = False) -> None:
         self._console = console
         self._dump = dump
+        self._brief = brief
         self._colored = console.is_terminal and console.color_system is not None and not console.no_color
         self._cut = console.file.isatty()
 
     def render(self, fields: Fields) -> str:
-        """The line, or with `dump` the lines, without the last newline."""
+        """The line, or the lines, without the last newline."""
         width = self._console.width if self._cut else None  # asked each time: windows are resized
         parts = [
             (moment(fields["time"]).astimezone().strftime("%H:%M:%S.%f")[:-3], _DIM),
-            (escape(fields["topic"]), _TOPIC),
-            (f"{escape(fields['node'] or fields['origin'])}#{fields['seq']}", _NODE),
-            ("?" if fields["size"] is None else human_bytes(fields["size"]), _DIM),
-            (human_age(fields["age"]), _DIM),
+            (f"  {escape(fields['topic'])}", _TOPIC),
+            (f"  {escape(fields['node'] or fields['origin'])}#{fields['seq']}", _NODE),
+            (f"  {'?' if fields['size'] is None else human_bytes(fields['size'])}", _DIM),
+            (f"  {human_age(fields['age'])}", _DIM),
         ]
-        if not self._dump:
-            parts.append((compact(fields["value"], width), _PLAIN))
-            return self._join(parts, width)
-        return "\n".join(filter(None, (self._join(parts, width), hexdump(_bytes_of(fields["value"])))))
+        if fields["headers"]:
+            shown = (f"{escape(key)}={compact(item, width)}" for key, item in fields["headers"].items())
+            parts.append((f"  [{' '.join(shown)}]", _DIM))
+        value = fields["value"]
+        if self._dump:
+            dump = hexdump(_bytes_of(value))
+            return self._join(parts, width) + (f"\n{dump}" if dump else "")
+        if width is None or self._brief or not value or type(value) not in (dict, list, tuple):
+            return self._join([*parts, (f"  {compact(value, width)}", _PLAIN)], width)
+        spread = [*parts, *_spread(value, width)]
+        if _cells(spread) <= width:
+            return self._join(spread, width)
+        rows = list(islice(_rows(value, width, INDENT, COMPACT_DEPTH_MAX), ROWS_MAX + 1))
+        if len(rows) > ROWS_MAX:
+            rows[-1] = [(f"{'':{INDENT}}…", _DIM)]
+        return "\n".join(self._join(row, width) for row in [parts, *rows])
 
-    def _join(self, parts: list[tuple[str, Style]], width: int | None) -> str:
-        spaced = [(f"  {text}" if i else text, style) for i, (text, style) in enumerate(parts)]
-        if width is not None and cell_len("".join(text for text, _ in spaced)) > width:
-            spaced = _cut_to(spaced, width)
+    def _join(self, parts: list[Part], width: int | None) -> str:
+        if width is not None and _cells(parts) > width:
+            parts = _cut_to(parts, width)
         if not self._colored:
-            return "".join(text for text, _ in spaced)
-        return "".join(style.render(text, color_system=ColorSystem.STANDARD) for text, style in spaced)
+            return "".join(text for text, _ in parts)
+        return "".join(style.render(text, color_system=ColorSystem.STANDARD) for text, style in parts)
 
 
-def _cut_to(parts: list[tuple[str, Style]], width: int) -> list[tuple[str, Style]]:
-    kept, room = [], max(0, width - 1)  # one cell for the ellipsis
+def _cells(parts: list[Part]) -> int:
+    return sum(cell_len(text) for text, _ in parts)
+
+
+def _spread(value: Any, limit: int) -> Iterator[Part]:
+    """A map on one line: `key: value  key: value`; an array as anywhere. At most some more than `limit` characters."""
+    if type(value) is not dict:
+        yield f"  {compact(value, limit + 1)}", _PLAIN
+        return
+    length = 0
+    for label, item in _items(value):
+        text = compact(item, limit, bare=False)
+        yield f"  {label}", _KEY
+        yield text, _PLAIN
+        length += len(label) + len(text) + 2
+        if length > limit:
+            return
+
+
+def _rows(value: Any, width: int, indent: int, depth: int) -> Iterator[list[Part]]:
+    """A map or array over several lines: an item each, or more where it does not fit, indented by more."""
+    for label, item in _items(value):
+        lead = (f"{'':{indent}}{label}", _KEY)
+        room = width - cell_len(lead[0])
+        text = compact(item, max(1, room) + 1, bare=False)
+        if cell_len(text) <= room:
+            yield [lead, (text, _PLAIN)]
+        elif item and type(item) in (dict, list, tuple) and depth and indent + INDENT < width // 2:
+            yield [(lead[0].rstrip(), _KEY)]
+            yield from _rows(item, width, indent + INDENT, depth - 1)
+        else:
+            yield [(lead[0].rstrip(), _KEY)]
+            inner = max(1, width - indent - INDENT)
+            for chunk in chop_cells(compact(item, inner * ROWS_MAX, bare=False), inner):
+                yield [(f"{'':{indent + INDENT}}{chunk}", _PLAIN)]
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    if type(value) is dict:
+        for key, item in value.items():
+            yield f"{compact(key, KEY_SHOWN)}: ", item
+    else:
+        for item in value:
+            yield "- ", item
+
+
+def _cut_to(parts: list[Part], width: int) -> list[Part]:
+    kept: list[Part] = []
+    room = max(0, width - 1)  # one cell for the ellipsis
     for text, style in parts:
         cells = cell_len(text)
         if cells > room:
@@ -197,11 +287,13 @@ class FormatString:
     Python's format specifications apply. Keys follow a dot or stand in brackets, quoted or not; what is not there
     prints as nothing. `\\t`, `\\n`, `\\0` and `\\\\` in the template mean what they do in C.
     `{time}` is RFC 3339 in UTC, `{time:%H:%M:%S}` local, `{time:.3f}` and `{age}` seconds, `{origin}` hexadecimal;
-    arrays and maps print as in a line, whole, and bytes as hexadecimal digits.
+    arrays and maps print as in a pipe, and bytes as text where they are that, otherwise as hexadecimal digits.
     """
 
     def __init__(self, template: str) -> None:
         self._template = template
+        if not template:
+            raise FormatError(template, "it is empty; name what to print, such as {topic} {value}")
         try:
             parsed = list(string.Formatter().parse(template))
         except ValueError as error:
@@ -279,7 +371,7 @@ def _format_number(name: str, number: float, spec: str) -> str:
 
 def _format(value: Any, spec: str) -> str:
     kind = type(value)
-    text = value.hex() if kind is bytes else compact(value)
+    text = compact(value) if kind is not bytes else bytes_as_text(value) if legible(value) else value.hex()
     candidates = (value, text) if kind is int or kind is float else (text, value) if kind is bool else (text,)
     for candidate in candidates if spec else ():
         try:
@@ -353,6 +445,10 @@ class TopicTable:
         counter.count += 1
         counter.bytes += size
         counter.slots[counter.slot % _SLOTS] += 1
+
+    def __len__(self) -> int:
+        """Topics."""
+        return len(self._counters)
 
     def rows(self, now: float) -> list[TopicRow]:
         """All rows, the busiest topic (by count) first, equals by name."""

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from zmqbus.cli import shell
 from zmqbus.cli.forms import human_age, human_bytes, moment, rfc3339
-from zmqbus.cli.shell import Bus, Column, Duration, Watch, plural, remark
-from zmqbus.net.clock import now, sleep, time_ns
+from zmqbus.cli.shell import remark
+from zmqbus.cli.shell.bus import Bus, Duration, Watch
+from zmqbus.cli.shell.output import Column, make_table, on_terminal, plural, show_table
+from zmqbus.cli.shell.stopping import PEEK, rest
+from zmqbus.net.clock import now, time_ns
 from zmqbus.protocol.topics import check_pattern
 
 if TYPE_CHECKING:
@@ -28,22 +30,22 @@ REDRAW = 0.5
 def _wait(node: Node, watch: Watch, seconds: float) -> None:
     """Let discovery settle, passing on what it warns of."""
     until = now() + seconds
-    while (rest := until - now()) > 0:
-        sleep(min(rest, shell.PEEK))
+    while (left := until - now()) > 0:
+        rest(min(left, PEEK))
         watch.poll()
 
 
 # --- nodes -------------------------------------------------------------------------------------
 
 _COLUMNS: tuple[Column, ...] = (
-    ("name", False),
-    ("origin", False),
-    ("host", False),
-    ("pid", True),
-    ("role", False),
-    ("inbox", False),
-    ("release", False),
-    ("age", True),
+    Column("name"),
+    Column("origin", whole=True, spare=2),
+    Column("host", spare=1),
+    Column("pid", right=True),
+    Column("role", spare=3),
+    Column("inbox", whole=True),
+    Column("release", spare=4),
+    Column("age", right=True),
 )
 
 
@@ -86,8 +88,7 @@ def nodes(bus: Bus, as_json: bool, watching: bool, wait: float) -> None:
 
     `age` is the time since a node was started.
     """
-    with bus.join("nodes") as node:
-        watch = Watch(node)
+    with bus.join("nodes") as (node, watch):
         if watching:
             _watch_nodes(node, watch, as_json)
             return
@@ -97,20 +98,21 @@ def nodes(bus: Bus, as_json: bool, watching: bool, wait: float) -> None:
             for peer in peers:
                 click.echo(msgspec.json.encode(_row(peer)))
         elif peers:
-            shell.show_table(_COLUMNS, [_cells(peer) for peer in peers])
-        if not peers:
+            show_table(_COLUMNS, [_cells(peer) for peer in peers])
+        if not peers and not watch.refused:
             remark(f"no other node is on bus {bus.name!r}")
 
 
 def _watch_nodes(node: Node, watch: Watch, as_json: bool) -> None:
-    if not as_json and shell.on_terminal():
+    if not as_json and on_terminal():
         from rich.live import Live
 
         with Live(auto_refresh=False) as live:
             while True:
                 watch.poll()
-                live.update(shell.make_table(_COLUMNS, [_cells(peer) for peer in _by_name(node.peers())]), refresh=True)
-                sleep(REDRAW)
+                cells = [_cells(peer) for peer in _by_name(node.peers())]
+                live.update(make_table(_COLUMNS, cells, live.console.width), refresh=True)
+                rest(REDRAW)
     present: dict[int, Peer] = {}
     while True:
         watch.poll()
@@ -125,7 +127,7 @@ def _watch_nodes(node: Node, watch: Watch, as_json: bool) -> None:
                 else:
                     click.echo(f"{event:6}  {'  '.join(_cells(peer)[:-1])}")
         present = peers
-        sleep(shell.PEEK)
+        rest(PEEK)
 
 
 # --- topics ------------------------------------------------------------------------------------
@@ -144,8 +146,7 @@ def topics(bus: Bus, patterns: tuple[str, ...], as_json: bool, wait: float, time
     """
     for pattern in patterns:
         check_pattern(pattern)
-    with bus.join("topics") as node:
-        watch = Watch(node)
+    with bus.join("topics") as (node, watch):
         _wait(node, watch, wait)
         found = node.topics(*patterns, timeout=timeout)
         watch.poll()
@@ -156,13 +157,19 @@ def topics(bus: Bus, patterns: tuple[str, ...], as_json: bool, wait: float, time
         elif found:
             from zmqbus.cli.render import escape
 
-            columns: tuple[Column, ...] = (("topic", False), ("node", False), ("last seq", True), ("bytes", True))
+            columns: tuple[Column, ...] = (
+                Column("topic"),
+                Column("node"),
+                Column("last seq", right=True),
+                Column("bytes", right=True),
+            )
             rows = [[escape(i.topic), escape(i.node), f"{i.seq:,}", human_bytes(i.bytes)] for i in found]
-            shell.show_table(columns, rows)
-        if not found:
-            others = len(node.peers())
-            asked = f"none of the {plural(others, 'node')}" if others else "no other node"
-            remark(f"{asked} on bus {bus.name!r} {'has published on such a topic' if others else 'is there'}")
+            show_table(columns, rows)
+        if not found and (others := len(node.peers())):
+            what = "on such a topic" if patterns else "anything"
+            remark(f"none of the {plural(others, 'node')} on bus {bus.name!r} has published {what}")
+        elif not found and not watch.refused:
+            remark(f"no other node is on bus {bus.name!r}")
 
 
 # --- keygen ------------------------------------------------------------------------------------
@@ -174,6 +181,8 @@ def keygen(file: str) -> None:
     """Create a bus key in FILE, readable by you alone. Whoever has a copy of it is a member of the bus."""
     from zmqbus.net.keys import BusKey
 
+    if file in ("", "-"):
+        raise click.UsageError("a key is written to a file that only you can read: name one, such as bus.key")
     key = BusKey.generate()
     key.save(file)
     path = shlex.quote(str(Path(file).absolute()))

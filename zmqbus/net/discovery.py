@@ -20,6 +20,7 @@ Rules of this file:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import unicodedata
 import uuid
@@ -29,7 +30,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from zmqbus.errors import SetupError
 from zmqbus.net import clock
-from zmqbus.net.interfaces import is_loopback
+from zmqbus.net.interfaces import Address, best_candidate, is_loopback
+from zmqbus.net.sockets import parse_endpoint
 
 if TYPE_CHECKING:
     from zmqbus.net.mdns import Announcement, LogFunnel, Session
@@ -77,6 +79,19 @@ def check_bus(bus: str) -> str:
     return bus
 
 
+def to_dial(endpoints: Sequence[str], local: Sequence[Address]) -> list[str]:
+    """Of the endpoints at which a peer says its inbox is, those to dial, the best first; see `best_candidate`.
+
+    What is no endpoint, or not of a kind known here, is left out.
+    """
+    ports: dict[str, int] = {}
+    for endpoint in endpoints:
+        with contextlib.suppress(SetupError):
+            host, port = parse_endpoint(endpoint)
+            ports.setdefault(host, port)
+    return [f"tcp://{host}:{ports[host]}" for host in best_candidate(list(ports), local)]
+
+
 class Discovery:
     """Announces this node and reports others of the same bus. All methods belong to one running asyncio loop.
 
@@ -109,7 +124,7 @@ class Discovery:
         self._addresses = tuple(addresses)
         self._on_found = on_found
         self._on_gone = on_gone
-        self._warnings = _Warnings(on_warning)
+        self._warnings = Warnings(on_warning, "mDNS: ")
         self._inbox_port = inbox_port
         self._txt = {
             b"txtvers": b"%d" % TXT_VERSION,
@@ -231,11 +246,12 @@ class Discovery:
             self._on_gone(origin)
 
 
-class _Warnings:
+class Warnings:
     """Passes warnings to a person: each source once in ten minutes, and not too many in all."""
 
-    def __init__(self, on_warning: Callable[[str], None]) -> None:
+    def __init__(self, on_warning: Callable[[str], None], prefix: str = "") -> None:
         self._on_warning = on_warning
+        self._prefix = prefix
         self._told_at: dict[str, float] = {}  # source -> when, oldest first
         self._recent: list[float] = []  # when those of the last minute were told
 
@@ -250,7 +266,7 @@ class _Warnings:
         self._told_at[source] = now
         self._recent.append(now)
         # Names from strangers end up in here, and it may be shown on a terminal.
-        self._on_warning("mDNS: " + "".join(c if c.isprintable() else "?" for c in text[:WARNING_CHARACTERS_MAX]))
+        self._on_warning(self._prefix + "".join(c if c.isprintable() else "?" for c in text[:WARNING_CHARACTERS_MAX]))
 
 
 def _validated(announcement: Announcement) -> Found:

@@ -23,6 +23,8 @@ _SIOCGIFFLAGS = 0x8913
 _UP = 0x01 | 0x40  # IFF_UP, switched on; IFF_RUNNING, has a carrier: the cable is in, the access point joined
 _IFREQ = struct.Struct("16sH22x")  # struct ifreq: the name, the flags, the rest of its union
 
+ALONE = "no interface but loopback is up, so that only nodes on this machine can be reached until one is"
+
 
 class Address(NamedTuple):
     """One IPv4 address of this machine."""
@@ -78,7 +80,10 @@ def advertisable(interface: str | None) -> list[str]:
 
 
 class AddressWatch:
-    """Notices that addresses came, went or changed, when polled. Knows no timer.
+    """The addresses that a node uses; notices that some came, went or changed, when polled. Knows no timer.
+
+    They are that of `interface`, or without one all but loopback, or, as long as that is nothing, loopback: a machine
+    without a network still has a bus of its own.
 
     `addresses` is the present list and `local` the same with subnets; begin from `addresses` rather than from
     a separate call of `advertisable`, or a change in between goes unseen. An interface that is down or gone
@@ -87,17 +92,38 @@ class AddressWatch:
 
     def __init__(self, interface: str | None) -> None:
         self._interface = interface
-        self.local: list[Address] = _usable(interface)
+        self.local: list[Address] = _to_use(interface)
 
     @property
     def addresses(self) -> list[str]:
-        """The addresses to announce now; [] is no network."""
+        """The addresses to announce now; [] while there is nothing at all."""
         return _distinct(self.local)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether loopback stands in for a network that is not there."""
+        return self._interface is None and all(is_loopback(address.ip) for address in self.local)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a network has come up since the last poll, while loopback stood in. It looks, as a poll does."""
+        return self.is_offline and bool(_usable(None))
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the network, in one line for a person."""
+        if self.local:
+            return f"no network: {ALONE}" if self.is_offline else None
+        if self._interface is None:
+            return "no network: no interface is up, not even loopback (switch that on: ip link set lo up)"
+        if is_loopback(self._interface):
+            return "no network: loopback is down, so that no node can be reached (switch it on: ip link set lo up)"
+        return f"no network: {self._interface} is down, so that no other node can be reached until it is up"
 
     def poll(self) -> list[str] | None:
         """The new list when it differs from the last one seen (order does not count), else None."""
         try:
-            current = _usable(self._interface)
+            current = _to_use(self._interface)
         except OSError:
             return None  # out of memory or descriptors: no news, ask again next time
         if set(current) == set(self.local):
@@ -146,6 +172,16 @@ def _usable(interface: str | None) -> list[Address]:
         chosen = [a for a in local_addresses() if interface in (a.ip, a.interface)][:1]
     up = _up(address.interface for address in chosen)
     return [address for address in chosen if address.interface in up]
+
+
+def _to_use(interface: str | None) -> list[Address]:
+    """What an AddressWatch is to see."""
+    return _usable(interface) or (_usable("127.0.0.1") if interface is None else [])
+
+
+def loopback_is_up() -> bool:
+    """Whether programs of this machine can talk to each other; also by its other addresses, which are routed there."""
+    return bool(_usable("127.0.0.1"))
 
 
 def _distinct(addresses: Iterable[Address]) -> list[str]:

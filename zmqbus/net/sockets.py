@@ -63,8 +63,8 @@ SNDHWM = int(zmq.SNDHWM)
 XPUB_NODROP = int(zmq.XPUB_NODROP)
 
 Socket: TypeAlias = "zmq.Socket[bytes]"
-Role = Literal["inbox", "pub"]
-"""The two endpoints that a node binds: its ROUTER, and its PUB."""
+Role = Literal["inbox", "pub", "tap"]
+"""The endpoints that a node binds: its ROUTER, its PUB, and a second PUB for those who only look on."""
 
 ZAP_DOMAIN = b"zmqbus"
 FRAME_BYTES_MAX = (64 << 20) + (64 << 10)  # the largest message, 64 MiB, and 64 KiB for what is wrapped around it
@@ -131,15 +131,16 @@ class SocketFactory:
 
     # --- making sockets ------------------------------------------------------------------------
 
-    def pub(self, frames_max: int) -> Socket:
+    def pub(self, frames_max: int, *, drops: bool = False) -> Socket:
         """A PUB to bind. `frames_max`: frames held for each subscriber.
 
         At `frames_max` for any subscriber, `send` raises `zmq.Again` and sends to nobody (XPUB_NODROP): the
-        publisher decides what to drop, and for whom to wait, instead of losing frames silently.
+        publisher decides what to drop, and for whom to wait, instead of losing frames silently. With `drops` it
+        does lose them, for that subscriber.
         """
         socket = self._server(zmq.PUB, frame_bytes_max=SUBSCRIPTION_BYTES_MAX)
         socket.setsockopt(zmq.SNDHWM, frames_max)
-        socket.setsockopt(zmq.XPUB_NODROP, 1)
+        socket.setsockopt(zmq.XPUB_NODROP, not drops)
         # A PUB takes subscriptions in only when it is used. At the default of 1000, the first message after an idle
         # time would miss a subscriber's 1001st subscription.
         socket.setsockopt(zmq.RCVHWM, SUBSCRIPTIONS_WAITING_MAX)
@@ -328,7 +329,7 @@ class SocketFactory:
         if self._key is None:
             raise AuthError("a node without a bus key has no strangers to probe for")
         host, port = parse_endpoint(endpoint)
-        socket = self._socket(zmq.SUB if role == "pub" else zmq.DEALER, self._frame_bytes_max)
+        socket = self._socket(zmq.DEALER if role == "inbox" else zmq.SUB, self._frame_bytes_max)
         if pair is not None:
             _set_client_pair(socket, pair, self._key.server.public)
         socket.setsockopt(zmq.RECONNECT_IVL, 10)  # a stranger may be cut off before it learns why: ask again, soon

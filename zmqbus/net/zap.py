@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import zmq
 from zmq.utils import z85
 
-from zmqbus.errors import AuthError
+from zmqbus.errors import AuthError, SetupError
 from zmqbus.net.adapter import FdWatch
+from zmqbus.net.interfaces import loopback_is_up
 from zmqbus.net.keys import BusKey, CurvePair
 from zmqbus.net.sockets import ZAP_DOMAIN, Role, Socket, SocketFactory, parse_monitor
 
-__all__ = ["USER_ID", "ZapHandler", "stranger_is_refused"]
+__all__ = ["USER_ID", "ZapHandler", "strangers_are_refused"]
 
 ZAP_INPROC = "zeromq.zap.01"  # fixed by the RFC
 VERSION = b"1.0"
@@ -118,34 +119,47 @@ class ZapHandler:
             self._failed += 1
 
 
-async def stranger_is_refused(factory: SocketFactory, key: BusKey, endpoint: str, role: Role = "inbox") -> None:
-    """Prove, by trying it over TCP, that our own bound `endpoint` admits members and nobody else.
+async def strangers_are_refused(factory: SocketFactory, key: BusKey, endpoints: Mapping[Role, str]) -> None:
+    """Prove, by trying it over TCP, that our own bound `endpoints` admit members and nobody else.
 
-    Three clients dial it in turn: a stranger without any security, a stranger with a CURVE pair of its own who knows
-    our public server key, and a member. `role` says which of our sockets it is: "inbox" (ROUTER) or "pub" (PUB).
-    The endpoint's ZAP handler must be running, on this loop if it is ours. Takes about 5 ms.
+    Three clients dial each, all at once: a stranger without any security, a stranger with a CURVE pair of its own who
+    knows our public server key, and a member. The roles say which of our sockets it is: "inbox" (ROUTER), or "pub"
+    and "tap" (PUB). Their ZAP handler must be running, on this loop if it is ours. Takes about 5 ms.
 
-    Raises AuthError when a stranger is let in, when the member is not, or when there is no verdict within 3 s.
+    Raises AuthError when a stranger is let in, when the member is not, or when there is no verdict within 3 s; and
+    SetupError when loopback is down, by which even a machine's other addresses reach itself.
     """
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + SELF_TEST_S
-    dialled: tuple[tuple[str, CurvePair | None, bool], ...] = (
+    if not loopback_is_up():
+        raise SetupError(
+            "loopback is down, and without it a node cannot prove that it keeps strangers out (switch it on: ip link "
+            "set lo up)"
+        )
+    callers: tuple[tuple[str, CurvePair | None, bool], ...] = (
         ("a stranger without a key", None, False),
         ("a stranger with a key of its own", CurvePair(*zmq.curve_keypair()), False),
         ("a member", key.client, True),
     )
-    for who, pair, belongs in dialled:
-        try:
-            async with asyncio.timeout(max(0.0, deadline - loop.time())):
-                admitted = await _verdict(factory, endpoint, role, pair)
-        except TimeoutError:
+    probes = {
+        asyncio.ensure_future(_verdict(factory, endpoint, role, pair)): (endpoint, who, belongs)
+        for role, endpoint in endpoints.items()
+        for who, pair, belongs in callers
+    }
+    try:
+        decided, _ = await asyncio.wait(probes, timeout=SELF_TEST_S)
+        for probe in filter(decided.__contains__, probes):
+            endpoint, who, belongs = probes[probe]
+            if (admitted := probe.result()) != belongs:
+                done = "was let in" if admitted else "holding our bus key was refused"
+                raise AuthError(f"the security self-test of {endpoint} failed: {who} {done}. The node must not be used")
+        for endpoint, who, _ in (probes[probe] for probe in probes if probe not in decided):
             raise AuthError(
                 f"the security self-test of {endpoint} got no verdict on {who} within {SELF_TEST_S:g} s: "
                 "is the event loop blocked, or does another program answer there?"
-            ) from None
-        if admitted != belongs:
-            done = "was let in" if admitted else "holding our bus key was refused"
-            raise AuthError(f"the security self-test of {endpoint} failed: {who} {done}. The node must not be used")
+            )
+    finally:
+        for probe in probes:
+            probe.cancel()
+        await asyncio.gather(*probes, return_exceptions=True)  # their sockets are closed when this is over
 
 
 async def _verdict(factory: SocketFactory, endpoint: str, role: Role, pair: CurvePair | None) -> bool:

@@ -19,11 +19,12 @@ from typing import Any, Literal
 from zmqbus.errors import ForkedProcess, NodeClosed, WrongLoop
 from zmqbus.net.clock import now
 from zmqbus.net.keys import BusKey
-from zmqbus.node.engine import Config, Engine
+from zmqbus.node.config import Config
+from zmqbus.node.engine import Engine
 from zmqbus.node.events import AsyncEventStream, TopicInfo, Undelivered
 from zmqbus.node.intake import Intake
 from zmqbus.node.node import CLOSE_TIMEOUT
-from zmqbus.node.publishing import SMALL, TICK, Publisher
+from zmqbus.node.publishing.publisher import SMALL, TICK, Publisher
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.tracking import Gap
@@ -41,9 +42,11 @@ class AsyncSubscription:
     In the last two forms, and from the first message on in the first, every known publisher has registered it.
     """
 
-    def __init__(self, node: AsyncNode, patterns: Sequence[str], value_type: Any, history: int, on_gap: str) -> None:
+    def __init__(
+        self, node: AsyncNode, patterns: Sequence[str], value_type: Any, history: int, on_gap: str, observe: bool
+    ) -> None:
         self._node = node
-        self._asked = (patterns, value_type, history, on_gap)
+        self._asked = (patterns, value_type, history, on_gap, observe)
         self._opening: asyncio.Task[Intake] | None = None
         self._intake: Intake | None = None
         self._closed = False
@@ -124,9 +127,9 @@ class AsyncSubscription:
         return self._opening.result() if done and not self._closed else None
 
     async def _register(self) -> Intake:
-        patterns, value_type, history, on_gap = self._asked
+        patterns, value_type, history, on_gap, observe = self._asked
         intake = await self._node._at_home().subscribe(
-            patterns, value_type=value_type, history=history, on_gap=on_gap, wake=self._bell.ring
+            patterns, value_type=value_type, history=history, on_gap=on_gap, observe=observe, wake=self._bell.ring
         )
         self._intake = intake
         if intake.closed is None:
@@ -358,9 +361,10 @@ class AsyncNode:
         type: Any = None,
         history: int = 0,
         on_gap: Literal["skip", "raise"] = "skip",
+        observe: bool = False,
     ) -> AsyncSubscription:
         """See `Node.subscribe`; the result can be iterated, entered, or awaited."""
-        return AsyncSubscription(self, patterns, type, history, on_gap)
+        return AsyncSubscription(self, patterns, type, history, on_gap, observe)
 
     # --- the bus ---------------------------------------------------------------------------------
 

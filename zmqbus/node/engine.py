@@ -13,9 +13,8 @@ import os
 import secrets
 import socket as system
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from zmqbus.errors import (
     ForkedProcess,
@@ -27,29 +26,29 @@ from zmqbus.errors import (
     ZmqbusError,
 )
 from zmqbus.net.clock import now, time_ns
-from zmqbus.net.discovery import check_bus
-from zmqbus.net.interfaces import is_loopback, resolve_interface
-from zmqbus.net.keys import BusKey
-from zmqbus.net.sockets import NO_KEY, Socket, SocketFactory, parse_endpoint
+from zmqbus.net.sockets import Role, Socket, SocketFactory, parse_endpoint
 from zmqbus.net.waker import Waker
-from zmqbus.net.zap import ZapHandler, stranger_is_refused
+from zmqbus.net.zap import ZapHandler, strangers_are_refused
 from zmqbus.node import RELEASE
-from zmqbus.node.events import Event, TopicInfo, Undelivered, Warned
+from zmqbus.node.config import Config
+from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
 from zmqbus.node.intake import Intake
-from zmqbus.node.links import Broadcast, Feed, Gate, Inbox
-from zmqbus.node.peering import Peering
-from zmqbus.node.publishing import STREAMS_MAX, TICK, Outlet
+from zmqbus.node.peers.peering import Peering
+from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
+from zmqbus.node.publishing.publisher import TICK
+from zmqbus.node.wiring.broadcast import Broadcast
+from zmqbus.node.wiring.feed import Feed, Gate
+from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
 from zmqbus.protocol.frames import decode_batches
-from zmqbus.protocol.history import HISTORY_BYTES_MAX
 from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.topics import Matcher, check_pattern, covering_prefixes
 from zmqbus.protocol.tracking import Fetch, Gap
 
 HEARTBEAT_PERIOD = 1.0
 IDLE_PERIOD = 0.1  # how often to look for streams that fell idle, whose HEAD is due
-REGISTER_TIMEOUT = 3.0  # `subscribe` waits no longer for peers that do not answer
+REGISTER_TIMEOUT = 8.0  # `subscribe` waits no longer for those who do not answer; silent, they are lost after 5
 FETCH_TIMEOUT = 20.0  # after this an answer is of no use to the tracker any more
 COMMAND_BYTES_MAX = BODY_BYTES_MAX + 4096  # what the inbox takes: also from a stranger, before it is refused
 # Frames queued for a subscriber, and by it: 4 MiB of full batches on either side, and the kernel holds more. Not
@@ -59,70 +58,6 @@ FRAMES_QUEUED = 64
 LINGER_MS = 500  # for what the kernel has not taken yet when a node closes
 TOPICS_PER_STATS = 1000
 FETCH_BYTES = 1024 * 1024  # per answer: large enough to be quick, small enough to share the link
-
-
-class Config(NamedTuple):
-    """What a node was asked to be, checked."""
-
-    name: str
-    bus: str
-    key: BusKey | None
-    interface: str | None
-    peers: tuple[str, ...]
-    mdns: bool
-    history_bytes: int
-
-    @classmethod
-    def make(
-        cls,
-        name: str | None,
-        bus: str,
-        key: str | Path | BusKey | None,
-        interface: str | None,
-        peers: Sequence[str],
-        discovery: str,
-        history_bytes: int | None,
-    ) -> Config:
-        """Check what a user gave.
-
-        Raises:
-            SetupError, KeyFileError
-        """
-        if name is None:
-            name = f"{system.gethostname()}-{os.getpid()}"
-        if not name or len(name) > 255 or not name.isprintable():
-            raise SetupError(f"node name {name!r}: use 1 to 255 printable characters")
-        check_bus(bus)
-        if isinstance(peers, str):
-            raise SetupError(f"peers is a list of endpoints, not one string: peers=[{peers!r}]")
-        for peer in peers:
-            host, _ = parse_endpoint(peer)
-            if key is None and not is_loopback(host):
-                raise SetupError(f"peer {peer} is not on this machine: {NO_KEY}")
-        if discovery not in ("mdns", "static", "both"):
-            raise SetupError(f"discovery={discovery!r}: use 'mdns', 'static' or 'both'")
-        if key is not None and not isinstance(key, BusKey):
-            key = BusKey.load(key)
-        if interface is not None:
-            interface = resolve_interface(interface)
-        elif key is None:
-            interface = "127.0.0.1"
-        if key is None and interface is not None and not is_loopback(interface):
-            raise SetupError(f"interface {interface} is open to the network: {NO_KEY}")
-        if history_bytes is not None and history_bytes < 0:
-            raise SetupError(f"history_bytes={history_bytes}: use 0 or more")
-        size = HISTORY_BYTES_MAX if history_bytes is None else history_bytes
-        return cls(name, bus, key, interface, tuple(peers), discovery != "static", size)
-
-
-class Listener(Protocol):
-    """Who is told of events, from any thread."""
-
-    def put(self, event: Event) -> None:
-        """Something happened."""
-
-    def close(self) -> None:
-        """The node is closed."""
 
 
 class Engine:
@@ -143,9 +78,8 @@ class Engine:
         self._factory = SocketFactory(config.key)
         self._zap: ZapHandler | None = None
         self._inbox: Inbox | None = None
-        self._listeners: tuple[Listener, ...] = ()
-        self._numbers = 0
-        self._heartbeats = 0
+        self._listeners = Listeners()
+        self._numbers = self._heartbeats = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._counters = {"warnings": 0, "fetches_served": 0, "fetch_bytes_served": 0}
 
@@ -169,34 +103,34 @@ class Engine:
         host = config.interface or "0.0.0.0"
         if config.key is not None:
             self._zap = ZapHandler(factory, config.key, self._loop)
-        router, pub = factory.router(frame_bytes_max=COMMAND_BYTES_MAX), factory.pub(FRAMES_QUEUED)
-        inbox_port = parse_endpoint(factory.bind(router, host))[1]
-        pub_port = parse_endpoint(factory.bind(pub, host))[1]
-        self._own_pub = factory.bind_inproc(pub, f"pub-{self.origin:016x}")
+        router = factory.router(frame_bytes_max=COMMAND_BYTES_MAX)
+        pub, tap = factory.pub(FRAMES_QUEUED), factory.pub(FRAMES_QUEUED, drops=True)
+        bound: dict[Role, Socket] = {"inbox": router, "pub": pub, "tap": tap}
+        ports = {role: parse_endpoint(factory.bind(socket, host))[1] for role, socket in bound.items()}
+        self._own_pubs = (
+            factory.bind_inproc(pub, f"pub-{self.origin:016x}"),
+            factory.bind_inproc(tap, f"tap-{self.origin:016x}"),
+        )
         self._waker = Waker(factory, f"waker-{self.origin:016x}")
-        broadcast = Broadcast(pub, self._start_ticking)
+        broadcast = Broadcast(pub, tap, self._start_ticking)
         self.outlet = Outlet(broadcast, self.origin, config.history_bytes, self._start_ticking, self._in_turns)
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
-            await stranger_is_refused(factory, config.key, f"tcp://{probe}:{inbox_port}", "inbox")
-            await stranger_is_refused(factory, config.key, f"tcp://{probe}:{pub_port}", "pub")
+            await strangers_are_refused(
+                factory, config.key, {role: f"tcp://{probe}:{port}" for role, port in ports.items()}
+            )
+        place = {"host": system.gethostname(), "pid": os.getpid(), "release": RELEASE}
         self.peering = Peering(
             self,
             self._loop,
             factory,
             origin=self.origin,
             bus=config.bus,
-            who={
-                "name": config.name,
-                "epoch": time_ns(),
-                "host": system.gethostname(),
-                "pid": os.getpid(),
-                "release": RELEASE,
-            },
+            who={"name": config.name, "epoch": time_ns(), **place},
             interface=config.interface,
             seeds=config.peers,
             mdns=config.mdns,
-            ports=(inbox_port, pub_port),
+            ports=ports,
         )
         self._inbox = Inbox(router, self._loop, self.peering.on_command, self.garbage)
         self.refusal = None
@@ -222,7 +156,7 @@ class Engine:
             for intake in list(self.intakes.values()):
                 intake.close(self.refusal)
             await self._shut()
-            for listener in self._listeners:
+            for listener in self._listeners.present:
                 listener.close()
 
     async def _shut(self) -> None:
@@ -288,6 +222,7 @@ class Engine:
         value_type: Any,
         history: int,
         on_gap: str,
+        observe: bool,
         wake: Callable[[], None] | None = None,
     ) -> Intake:
         """Open a subscription; done when every known publisher has registered it.
@@ -306,6 +241,8 @@ class Engine:
             raise SetupError(f"history={history!r}: use a whole number, 0 or more")
         if on_gap not in ("skip", "raise"):
             raise SetupError(f"on_gap={on_gap!r}: use 'skip' or 'raise'")
+        if observe and history:
+            raise SetupError("history is fetched from publishers, and who only observes asks nothing of them")
         socket = self._factory.sub(FRAMES_QUEUED)
         for prefix in covering_prefixes(patterns):
             socket.subscribe(prefix)
@@ -315,22 +252,27 @@ class Engine:
         intake = Intake(
             self._numbers,
             patterns,
-            Feed(self._factory, self._loop, socket, gate, registry.changed),
+            Feed(self._factory, self._loop, socket, gate, lambda: registry.attached(intake.number)),
             self,
             self._sources,
             value_type=value_type,
             history=history,
             raise_gaps=on_gap == "raise",
+            observes=observe,
         )
         self.intakes[intake.number] = intake
-        intake.feed.connect(self._own_pub)
+        intake.feed.connect(self._own_pubs[observe])
         intake.heads(self.origin, self.heads(intake.patterns), more=False)
         self.peering.connect(intake)
         try:
-            await registry.until(lambda: registry.registered(intake), REGISTER_TIMEOUT)
+            registered = await registry.until(lambda: not registry.unregistered(intake), REGISTER_TIMEOUT)
         except BaseException:  # nobody will read it
             self.dispose(intake)
             raise
+        if not registered:
+            late = registry.unregistered(intake)
+            names = ", ".join(peer.name for peer in self.peering.peers() if peer.origin in late)
+            self.emit(Warned(f"no answer to SUBSCRIBE {' '.join(patterns[:5])} within {REGISTER_TIMEOUT:g} s: {names}"))
         return intake
 
     def _gate(self, socket: Socket, number: int) -> Gate:
@@ -504,14 +446,13 @@ class Engine:
     # --- events, from any thread -----------------------------------------------------------------
 
     def add_listener(self, listener: Listener) -> None:
-        """Tell it of every event from now on."""
-        self._listeners = (*self._listeners, listener)
+        """Tell it of every event from now on; if it is the first, also of the first warnings."""
+        self._listeners.add(listener)
 
     def forget_listener(self, listener: Listener) -> None:
         """No longer."""
-        self._listeners = tuple(other for other in self._listeners if other is not listener)
+        self._listeners.forget(listener)
 
     def emit(self, event: Event) -> None:
         """Tell every listener."""
-        for listener in self._listeners:
-            listener.put(event)
+        self._listeners.emit(event)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from threading import Condition
+from threading import Condition, Lock
 from types import TracebackType
+from typing import Protocol
 
 import msgspec
 
@@ -14,12 +15,17 @@ from zmqbus.protocol.peers import DuplicateName, PeerJoined, PeerLeft
 from zmqbus.protocol.tracking import Gap
 
 EVENTS_MAX = 10_000  # waiting for one listener; a listener that does not listen loses the oldest
+EARLY_MAX = 20  # warnings kept for the first listener: a start that goes wrong goes wrong in a few ways
 
 
 class Warned(msgspec.Struct, frozen=True):
     """Something is wrong that does not stop the node: no mDNS, a peer with another key, undecodable bytes, …"""
 
     reason: str
+
+
+class KeyMismatch(Warned, frozen=True):
+    """A peer cannot be joined, because it has another bus key than this node, or only one of them has one."""
 
 
 class Undelivered(msgspec.Struct, frozen=True):
@@ -42,8 +48,55 @@ class TopicInfo(msgspec.Struct, frozen=True):
 Event = PeerJoined | PeerLeft | DuplicateName | Gap | Warned
 
 
+class Listener(Protocol):
+    """Who is told of events, from any thread."""
+
+    def put(self, event: Event) -> None:
+        """Something happened."""
+
+    def close(self) -> None:
+        """The node is closed."""
+
+
+class Listeners:
+    """Who listens to one node. Any thread may call any of it.
+
+    While a node starts nobody can listen yet, and what is wrong then is told only once: the first warnings are kept
+    for whoever listens first.
+    """
+
+    def __init__(self) -> None:
+        self.present: tuple[Listener, ...] = ()
+        self._early: list[Warned] | None = []  # None: somebody has listened
+        self._lock = Lock()
+
+    def add(self, listener: Listener) -> None:
+        """Tell it of every event from now on."""
+        with self._lock:
+            for event in self._early or ():
+                listener.put(event)
+            self._early = None
+            self.present = (*self.present, listener)
+
+    def forget(self, listener: Listener) -> None:
+        """No longer."""
+        with self._lock:
+            self.present = tuple(other for other in self.present if other is not listener)
+
+    def emit(self, event: Event) -> None:
+        """Tell every listener."""
+        with self._lock:
+            present = self.present
+            if self._early is not None and isinstance(event, Warned) and len(self._early) < EARLY_MAX:
+                self._early.append(event)
+        for listener in present:
+            listener.put(event)
+
+
 class EventStream:
     """The events of one node from the call of `events()` on. An iterator; `get` returns None when there is none.
+
+    The first stream of a node begins with the warnings of before, such as those of its start.
 
     Bounded: of more than 10,000 unread events the oldest are dropped, and counted in `dropped`.
     """

@@ -22,7 +22,7 @@ from zmqbus.errors import DecodeError, GapError, NodeClosed, RemoteProtocolError
 from zmqbus.net.clock import now
 from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVMORE, RCVTIMEO, Again
 from zmqbus.net.waker import WAKE_PREFIX
-from zmqbus.node.links import Feed, Gate
+from zmqbus.node.wiring.feed import Feed, Gate
 from zmqbus.protocol.frames import BALLAST, DATA, EXTERNAL, HEAD, HEADER_BYTES, ORDER, Batch, ValueDecoder, parse_header
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.tracking import SETTLED, Fetch, Gap, Stream, Tracker
@@ -64,8 +64,10 @@ class Intake:
         value_type: Any,
         history: int,
         raise_gaps: bool,
+        observes: bool,
     ) -> None:
         self.number = number
+        self.observes = observes
         self.patterns = list(patterns)
         self.feed = feed
         self.socket = feed.socket
@@ -75,7 +77,9 @@ class Intake:
         self.gaps: deque[Gap] = deque(maxlen=GAPS_KEPT)
         self.messages = 0
         self.closed: Exception | None = None
-        self.tracker = Tracker(patterns, sources, history=history)
+        self.tracker = Tracker(patterns, (lambda *_: ()) if observes else sources, history=history)
+        if observes:
+            self.tracker.patience = 0.0  # what it missed is lost at once: it asks nobody
         self.before_close: Callable[[], None] = lambda: None  # on the engine's thread, while the socket is still there
         self._driver = driver
         self._inbox: deque[Callable[[], None]] = deque()

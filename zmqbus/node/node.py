@@ -22,10 +22,11 @@ from typing import Any, Literal, TypeVar
 from zmqbus.errors import ForkedProcess, NodeClosed
 from zmqbus.net.clock import now
 from zmqbus.net.keys import BusKey
-from zmqbus.node.engine import Config, Engine
+from zmqbus.node.config import Config
+from zmqbus.node.engine import Engine
 from zmqbus.node.events import EventStream, TopicInfo, Undelivered
 from zmqbus.node.intake import Intake
-from zmqbus.node.publishing import SMALL, Publisher
+from zmqbus.node.publishing.publisher import SMALL, Publisher
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.tracking import Gap
@@ -41,10 +42,12 @@ class Subscription:
     Any thread may consume it; several share its messages. One that nobody refers to any more is closed.
     """
 
-    def __init__(self, node: Node, patterns: Sequence[str], value_type: Any, history: int, on_gap: str) -> None:
+    def __init__(
+        self, node: Node, patterns: Sequence[str], value_type: Any, history: int, on_gap: str, observe: bool
+    ) -> None:
         self._node = node
         self._intake: Intake = node._call(
-            node._engine.subscribe(patterns, value_type=value_type, history=history, on_gap=on_gap)
+            node._engine.subscribe(patterns, value_type=value_type, history=history, on_gap=on_gap, observe=observe)
         )
 
     def get(self, timeout: float | None = None) -> Message | None:
@@ -234,6 +237,7 @@ class Node:
         type: Any = None,
         history: int = 0,
         on_gap: Literal["skip", "raise"] = "skip",
+        observe: bool = False,
     ) -> Subscription:
         """Receive every message whose topic fits a pattern: `*` is one token, a final `>` one or more.
 
@@ -243,11 +247,13 @@ class Node:
             type: decode values into this type (a msgspec.Struct, dataclass, TypedDict, list[int], …).
             history: of each stream also deliver the last so many messages, as far as publishers still hold them.
             on_gap: when messages cannot be repaired, "skip" them (see `lost`, `gaps`, `events()`) or "raise" GapError.
+            observe: only look on. Publishers do not count this subscription, nor wait for it, and are asked for
+                nothing: what it misses is lost to it, and reported as usual.
 
         Raises:
             TopicError: a pattern breaks the grammar.
         """
-        return Subscription(self, patterns, type, history, on_gap)
+        return Subscription(self, patterns, type, history, on_gap, observe)
 
     def _unsubscribe(self, intake: Intake) -> None:
         if intake.closed is None and not self._closed:

@@ -50,11 +50,12 @@ class Body(msgspec.Struct, omit_defaults=True):
     """What part 1 of a command holds."""
 
 
-class Subscribed(msgspec.Struct):
-    """One subscription of the asker: its number there, and its patterns."""
+class Subscribed(msgspec.Struct, omit_defaults=True):
+    """One subscription of the asker: its number there, and the rest as SUBSCRIBE has it."""
 
     id: U64
     patterns: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)]
+    observe: bool = False
 
 
 class Hello(Body):
@@ -69,6 +70,7 @@ class Hello(Body):
     host: Annotated[str, Meta(max_length=255)]
     pid: U64
     release: Annotated[str, Meta(max_length=64)]  # of the software, for people to read
+    tap_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # a second PUB, for subscriptions that only observe; 0: none
     version_min: U64 = 1  # not VERSION: what is absent means the same for ever
     version_max: U64 = 1
     role: Annotated[str, Meta(max_length=32)] = "node"
@@ -86,6 +88,7 @@ class Subscribe(Body):
 
     id: U64
     patterns: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)]
+    observe: bool = False  # only looks on: not counted, and not waited for
 
 
 class Unsubscribe(Body):

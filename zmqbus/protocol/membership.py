@@ -107,9 +107,9 @@ class Membership:
         return f"<Membership {self.me:016x} {self._table!r} seeds={len(self._seeds)}>"
 
     @property
-    def joined(self) -> int:
-        """How many peers are joined."""
-        return len(self._table.joined())
+    def joined(self) -> list[int]:
+        """The origins of the joined peers."""
+        return [entry.peer.origin for entry in self._table.joined()]
 
     def peers(self) -> list[Peer]:
         """The joined peers."""

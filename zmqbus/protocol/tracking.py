@@ -126,6 +126,8 @@ class Tracker:
         """Messages delivered out of the answer to a Fetch."""
         self.duplicates = 0
         """Messages that came once more than they were delivered."""
+        self.patience = PATIENCE
+        """Seconds that a hole waits for somebody who can fill it."""
         self._matches = Matcher(patterns).matches
         self._sources = sources
         self._history = history
@@ -455,9 +457,9 @@ class Tracker:
             stream.due = now + FETCH_TIMEOUT * 2 ** min(stream.tries, FETCH_TRIES - 1)
             self._asked.append(stream)
             return stream.asked
-        end = stream.target if now >= stream.since + PATIENCE else self._lacking(stream)
+        end = stream.target if now >= stream.since + self.patience else self._lacking(stream)
         if end <= stream.next:
-            self._park(stream, stream.since + PATIENCE)
+            self._park(stream, stream.since + self.patience)
         else:
             self._give_up(stream, end)
             self._attend(stream)
@@ -480,7 +482,7 @@ class Tracker:
         assert stream.asked is not None
         source, late = stream.asked.source, stream.due <= now
         stream.tries += 1
-        if stream.tries >= FETCH_TRIES and now >= stream.since + PATIENCE:
+        if stream.tries >= FETCH_TRIES and now >= stream.since + self.patience:
             self._absent(stream, source, stream.target)
             self._attend(stream)
         elif late:

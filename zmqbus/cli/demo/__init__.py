@@ -22,10 +22,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from zmqbus.cli import shell
 from zmqbus.cli.forms import human_age, human_bytes, human_rate
-from zmqbus.cli.shell import Column, plural, remark
+from zmqbus.cli.shell import remark
+from zmqbus.cli.shell.bus import Duration, Whole
+from zmqbus.cli.shell.output import Column, make_table, on_terminal, plural, show_table
 from zmqbus.errors import SetupError
 from zmqbus.net.clock import now
 
@@ -160,7 +163,7 @@ class Stage:
         self._err = err
         self._live: Any = None
         self.crew: Crew | None = None
-        if not err and shell.on_terminal():
+        if not err and on_terminal():
             from rich.live import Live
 
             self._live = Live(auto_refresh=False, transient=True)
@@ -187,7 +190,7 @@ class Stage:
             if "received" in actor.facts:
                 counts = (f"{actor.facts[name]:,}" for name in ("received", "repaired", "lost"))
                 rows.append([f"{actor.name}{actor.state}", "", *counts])
-        self._live.update(shell.make_table(_LIVE, rows), refresh=True)
+        self._live.update(make_table(_LIVE, rows, self._live.console.width), refresh=True)
 
     def close(self) -> None:
         """Curtain."""
@@ -195,16 +198,22 @@ class Stage:
             self._live.stop()
 
 
-_LIVE: tuple[Column, ...] = (("", False), ("sent", True), ("received", True), ("repaired", True), ("lost", True))
-_SHIPPED: tuple[Column, ...] = (("file", False), ("bytes", True), ("lines", True), ("topic", False))
-_ACCOUNT: tuple[Column, ...] = (
-    ("aggregator", False),
-    ("sent", True),
-    ("received", True),
-    ("repaired", True),
-    ("lost", True),
-    ("lost silently", True),
-    ("rate", True),
+_LIVE = (
+    Column(""),
+    Column("sent", right=True),
+    Column("received", right=True),
+    Column("repaired", right=True),
+    Column("lost", right=True),
+)
+_SHIPPED = (Column("file"), Column("bytes", right=True), Column("lines", right=True), Column("topic"))
+_ACCOUNT = (
+    Column("aggregator"),
+    Column("sent", right=True),
+    Column("received", right=True),
+    Column("repaired", right=True),
+    Column("lost", right=True),
+    Column("lost silently", right=True),
+    Column("rate", right=True),
 )
 
 
@@ -212,7 +221,7 @@ _ACCOUNT: tuple[Column, ...] = (
 @click.argument("files", nargs=-1, metavar="[FILE]...", type=click.Path(path_type=Path))
 @click.option(
     "--rate",
-    type=click.IntRange(1, 1_000_000),
+    type=Whole(1, 1_000_000),
     default=20_000,
     show_default=True,
     metavar="N",
@@ -220,22 +229,25 @@ _ACCOUNT: tuple[Column, ...] = (
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(1, 600),
-    default=4.0,
+    type=Duration(1, 600),
+    default="4s",
     show_default=True,
-    metavar="S",
-    help="How long to ship, apart from the spike.",
+    metavar="DURATION",
+    help="How long to ship, apart from the spike, such as 10 or 1m.",
 )
 @click.option(
     "--history",
-    type=click.IntRange(0, 1_000_000),
+    type=Whole(0, 1_000_000),
     default=1000,
     show_default=True,
     metavar="N",
     help="How many earlier lines of each file the late aggregator asks for.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The account as one JSON object; the narration goes to stderr.")
-def demo(files: tuple[Path, ...], rate: int, seconds: float, history: int, as_json: bool) -> int:
+@click.pass_context
+def demo(
+    context: click.Context, files: tuple[Path, ...], rate: int, seconds: float, history: int, as_json: bool
+) -> int:
     """Ship this machine's own log lines, in one terminal, and see that none is lost.
 
     One process per log file ships its lines to logs.<host>.<file>; aggregators follow them. One of these is stopped
@@ -243,10 +255,12 @@ def demo(files: tuple[Path, ...], rate: int, seconds: float, history: int, as_js
     anything is missing that was not reported as lost.
 
     Without a FILE: up to 8 readable logs below /var/log; with none there, readings of the counters in /proc. All of it
-    stays on the loopback interface, on a bus of its own. Short files are sent again and again.
+    stays on the loopback interface, on a bus of its own; global options have no place here. Short files are sent again
+    and again.
     """
     from zmqbus.cli.demo.crew import Crew
 
+    _refuse_global_options(context)
     for path in files:
         if not is_text(path):
             raise click.BadParameter(f"{path} is not a readable file with lines of text", param_hint="FILE")
@@ -263,7 +277,7 @@ def demo(files: tuple[Path, ...], rate: int, seconds: float, history: int, as_js
             f"zmqbus demo: the lines of {plural(len(shipped), 'file')} of this machine, short ones again and again"
         )
         rows = [(str(one.path), human_bytes(one.bytes), one.lines, one.topic) for one in shipped]
-        shell.show_table(_SHIPPED, rows)
+        show_table(_SHIPPED, rows)
     stage = Stage(err=as_json)
     crew = stage.crew = Crew(stage.redraw)
     try:
@@ -272,6 +286,13 @@ def demo(files: tuple[Path, ...], rate: int, seconds: float, history: int, as_js
         stage.close()
         crew.end()
     return _conclude(accounts, len(shipped), total, as_json)
+
+
+def _refuse_global_options(context: click.Context) -> None:
+    assert context.parent is not None
+    for option in context.parent.command.params:
+        if context.parent.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"demo has a bus of its own, on the loopback interface: leave out {option.opts[0]}")
 
 
 def _perform(
@@ -356,7 +377,7 @@ def _conclude(accounts: Sequence[Account], files: int, total: int, as_json: bool
     numbers = ("sent", "received", "repaired", "lost", "unreported")
     rows = [[one.name, *(f"{getattr(one, name):,}" for name in numbers), human_rate(one.rate)] for one in accounts]
     click.echo()
-    shell.show_table(_ACCOUNT, rows)
+    show_table(_ACCOUNT, rows)
     _tell("repaired: fetched from the shippers' histories, as are the earlier lines that `late` asked for")
     repaired = next(one.repaired for one in accounts if one.name == "paused")
     if unreported:
@@ -379,4 +400,4 @@ def _conclude(accounts: Sequence[Account], files: int, total: int, as_json: bool
 
 def _tell(text: str) -> None:
     """A sentence: in words that are not torn apart on a terminal, in one line elsewhere."""
-    click.echo(textwrap.fill(text, shutil.get_terminal_size().columns) if shell.on_terminal() else text)
+    click.echo(textwrap.fill(text, shutil.get_terminal_size().columns) if on_terminal() else text)

@@ -8,21 +8,22 @@ as tuples: ("meet", others), ("rate", per second), ("spike",), ("where",), ("sto
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zmqbus.cli.shell.stopping import check
 from zmqbus.errors import SetupError, WaitTimeout
 from zmqbus.net.clock import now, sleep
 
 if TYPE_CHECKING:
     from zmqbus.node.node import Node, Subscription
-    from zmqbus.node.publishing import Publisher
+    from zmqbus.node.publishing.publisher import Publisher
 
 LINE_BYTES_MAX = 16 * 1024
 # A stopped aggregator misses something once the queues on the way to it are full: 512 batches, and some megabytes in
@@ -55,7 +56,6 @@ def _member(pipe: Connection, bus: str, name: str) -> Iterator[Node]:
     """A node on the loopback interface. What goes wrong is reported; without the director there is nothing to do."""
     from zmqbus.node.node import Node
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the director's business
     try:
         with Node(name, bus=bus, interface="127.0.0.1") as node:
             pipe.send({"up": now()})
@@ -93,7 +93,7 @@ def ship(pipe: Connection, bus: str, name: str, topic: str, path: Path) -> None:
                 case ("rate", int(per_second)):
                     rate, began, base = per_second, now(), publisher.seq
                 case ("spike",):
-                    spike(publisher, lines)
+                    spike(publisher, lines, lambda: pipe.send({"sent": publisher.seq}))
                     began, base = now(), publisher.seq
                     pipe.send({"spiked": True})
                 case ("where",):
@@ -112,14 +112,17 @@ def ship(pipe: Connection, bus: str, name: str, topic: str, path: Path) -> None:
             pipe.recv()
 
 
-def spike(publisher: Publisher, lines: Iterator[str]) -> None:
+def spike(publisher: Publisher, lines: Iterator[str], report: Callable[[], None]) -> None:
     """Many lines in a short time; not as fast as possible, which would be too fast for any reader in Python."""
-    began, sent = now(), 0
+    began, sent, report_at = now(), 0, 0.0
     while sent < SPIKE_LINES:
         due = min(SPIKE_LINES, int((now() - began) * SPIKE_RATE)) - sent
         for line in islice(lines, due):
             publisher.send(line)
         sent += due
+        if now() >= report_at:
+            report_at = now() + REPORT
+            report()
         sleep(TICK / 10)
 
 
@@ -207,8 +210,15 @@ class Crew:
 
     def __init__(self, redraw: Callable[[], None]) -> None:
         # Children of a server that has imported everything once start in milliseconds, and inherit no threads.
-        self._context = multiprocessing.get_context("forkserver")
+        self._context = get_context("forkserver")
         self._context.set_forkserver_preload(["zmqbus.cli.demo", "zmqbus.node.node"])
+        resource_tracker.ensure_running()  # which would let signals through again
+        # Ctrl-C, which a terminal sends to all, is our business alone; they inherit this.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         self._redraw = redraw
         self.actors: list[Actor] = []
 
@@ -257,6 +267,7 @@ class Crew:
             self._take_in(until - now())
 
     def _take_in(self, timeout: float) -> None:
+        check()
         pipes = {actor.pipe: actor for actor in self.actors}
         for pipe in wait(list(pipes), min(timeout, REPORT)):
             assert isinstance(pipe, Connection)

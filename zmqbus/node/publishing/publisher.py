@@ -1,6 +1,6 @@
-"""The sending path: publish, batch, transmit, remember. Any thread may publish; one lock orders what is sent.
+"""One topic's stream: publish, gather, pack, transmit, remember. Any thread may publish; one lock orders what is sent.
 
-A message's way out: `Publisher.send` either transmits it at once, or gathers it; `flush` packs what is gathered into
+A message's way out: `Publisher.send` either transmits it at once, or gathers it; a flush packs what is gathered into
 one frame, which goes to the `Broadcast` and to the history. Which of both is the question of pace:
 
 - `EAGER`: every message at once. So at low rates.
@@ -12,41 +12,58 @@ When a subscriber's queue is full, frames wait in the `Broadcast`'s backlog, and
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable
-from itertools import count, islice
-from math import inf
+from collections import deque
+from itertools import count
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 from msgspec import Raw
 
-from zmqbus.errors import ForkedProcess, MessageTooLarge, TooManyStreams, UnsupportedValue
-from zmqbus.net.clock import now, sleep, time_ns
-from zmqbus.node.links import Broadcast
+from zmqbus.errors import MessageTooLarge, UnsupportedValue
+from zmqbus.net.clock import sleep, time_ns
+from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.protocol import frames
 from zmqbus.protocol.frames import EXTERNAL_BYTES_MIN, MESSAGE_BYTES_MAX, encode_value, encode_values
-from zmqbus.protocol.history import Entry, Fetched, History, fetch
-from zmqbus.protocol.ring import BATCH_MESSAGES_MAX, ROOM_MIN, Ring
-from zmqbus.protocol.topics import Matcher, encode_topic
+from zmqbus.protocol.history import Entry, History
+from zmqbus.protocol.ring import BATCH_MESSAGES_MAX, Ring
 
 BATCH_BYTES_MAX = 128 * 1024
 SMALL = BATCH_BYTES_MAX // BATCH_MESSAGES_MAX  # messages up to this size cannot fill a batch before their number does
-BURST = 32  # sends within BURST_NS that make a burst
-BURST_NS = 1_000_000
-TURN_MESSAGES_MAX = 2048  # published without a turn of the loop: a millisecond or two
-CALM = 8  # messages per tick below which a burst is over
 TICK = 0.001
-STREAMS_MAX = 100_000  # about 1 KiB each
 
 # Queues are limited in frames. For each of these that a large message has in bytes an empty frame follows it, so
 # that they are limited in bytes too.
 BALLAST_BYTES = 2 * BATCH_BYTES_MAX
-HEADS_PER_HEARTBEAT = 64  # repeated each second, so that the loss of a HEAD is made good too
 
 NIL = b"\xc0"  # msgpack's
 
 EAGER, GATHER, TURN = range(3)
+
+
+class Streams(Protocol):
+    """What a publisher needs of its outlet; all but `make_room` under `lock`."""
+
+    lock: Lock
+    origin: int
+    pace: int
+    refusal: Exception | None
+    closed: bool
+    history: History
+    broadcast: Broadcast
+    backlog: deque[tuple[bytes, ...]]
+    share: int
+
+    def expect(self, publisher: Publisher) -> None:
+        """It gathers: to be flushed by the next tick, or at the end of this turn."""
+
+    def woken(self, publisher: Publisher) -> None:
+        """It is no longer quiet: a HEAD is to follow when it is again."""
+
+    def count(self, size: int, count: int, time: int) -> None:
+        """A frame of `count` messages was sent at `time`."""
+
+    def make_room(self) -> None:
+        """Wait until the backlog is sent."""
 
 
 class Publisher(Ring):
@@ -74,7 +91,7 @@ class Publisher(Ring):
         "topic",
     )
 
-    def __init__(self, out: Outlet, topic: str, encoded: bytes) -> None:
+    def __init__(self, out: Streams, topic: str, encoded: bytes) -> None:
         super().__init__()
         self.topic = topic
         self.prefix = encoded + b"\0"
@@ -313,196 +330,3 @@ class Publisher(Ring):
         out = self._out
         frame = frames.encode_frame(self.prefix, frames.HEAD, 0, 0, out.origin, self.following, time_ns())
         out.broadcast.send((frame,))
-
-
-class Outlet:
-    """All streams of one node, and their history.
-
-    Args:
-        broadcast: takes the frames.
-        start_ticking: asks for a call of `tick` every TICK, until it returns True.
-        in_turns: asyncio: asks for one `flush_all` in this turn of the loop.
-    """
-
-    def __init__(
-        self,
-        broadcast: Broadcast,
-        origin: int,
-        history_bytes: int,
-        start_ticking: Callable[[], None],
-        in_turns: Callable[[], None] | None,
-    ) -> None:
-        self.origin = origin
-        self.lock = Lock()
-        self.history = History(history_bytes)
-        self.publishers: dict[str, Publisher] = {}
-        self.broadcast = broadcast
-        self.backlog = broadcast.backlog
-        self.pace = EAGER if in_turns is None else TURN
-        self.refusal: Exception | None = None
-        """Why nothing more can be published."""
-        self.closed = False
-        self.messages = self.frames = self.bytes = 0
-        self.crowded: list[None] = []
-        """asyncio: not empty when publishers should let the loop have its turn."""
-        self.share = BATCH_MESSAGES_MAX
-        """asyncio: what each of the streams that gather may gather, so that it is not too much for one turn."""
-        self._start_ticking = start_ticking
-        self._in_turns = in_turns
-        self._gathering: list[Publisher] = []
-        self._noisy: deque[Publisher] = deque()  # sent something, HEAD to follow
-        self._quiet: OrderedDict[Publisher, None] = OrderedDict()  # whose HEAD is repeated, the next first
-        self._window_ns = 0
-        self._window_frames = 0
-        self._tick_messages = 0
-
-    def publisher(self, topic: str) -> Publisher:
-        """The publisher for a topic, made on first use.
-
-        Raises:
-            TopicError, TooManyStreams, NodeClosed
-        """
-        publisher = self.publishers.get(topic)
-        if publisher is None:
-            encoded = encode_topic(topic)
-            with self.lock:
-                if self.refusal is not None:
-                    raise self.refusal
-                if len(self.publishers) >= STREAMS_MAX and topic not in self.publishers:
-                    raise TooManyStreams(STREAMS_MAX)
-                publisher = self.publishers.setdefault(topic, Publisher(self, topic, encoded))
-        return publisher
-
-    # --- what publishers call, under the lock ------------------------------------------------------
-
-    def expect(self, publisher: Publisher) -> None:
-        """A stream gathers: to be flushed by the next tick, or at the end of this turn."""
-        self._gathering.append(publisher)
-        if self._in_turns is not None:
-            self.share = max(ROOM_MIN, 2 * TURN_MESSAGES_MAX // len(self._gathering))
-            if len(self._gathering) == 1:
-                self._in_turns()
-            elif len(self._gathering) >= TURN_MESSAGES_MAX:
-                self.crowded.append(None)
-
-    def make_room(self, timeout: float = inf) -> None:
-        """Wait, for no longer than the broadcast's patience, until the backlog is sent. Not in asyncio.
-
-        Takes the lock itself.
-        """
-        deadline = now() + timeout
-        while self.pace != TURN and not self.push() and now() < deadline:
-            sleep(TICK / 2)
-
-    def count(self, size: int, count: int, time: int) -> None:
-        """A frame of `count` messages was sent at `time`. Is this a burst?"""
-        self.messages += count
-        self.frames += 1
-        self.bytes += size
-        if self.pace == TURN:
-            if self.backlog or self.messages - self._tick_messages >= TURN_MESSAGES_MAX:
-                self.crowded.append(None)
-        elif self.pace == EAGER:
-            if time - self._window_ns > BURST_NS:
-                self._window_ns = time
-                self._window_frames = 0
-            self._window_frames += 1
-            if self._window_frames > BURST:
-                self.pace = GATHER
-                self._tick_messages = self.messages
-                self._start_ticking()
-
-    def woken(self, publisher: Publisher) -> None:
-        """A stream is no longer quiet: a HEAD is to follow when it is again."""
-        self._quiet.pop(publisher, None)
-        self._noisy.append(publisher)
-
-    # --- the rest takes the lock itself ----------------------------------------------------------
-
-    def flush_all(self) -> None:
-        """Send everything that has been gathered."""
-        with self.lock:
-            self._flush_gathering()
-            self._tick_messages = self.messages
-            self.crowded[:] = [None] if self.backlog else []
-
-    def _flush_gathering(self) -> None:
-        gathering, self._gathering = self._gathering, []
-        for publisher in gathering:
-            publisher.flush()
-
-    def tick(self) -> bool:
-        """Every TICK of a burst, or while there is a backlog. Returns whether that is over."""
-        with self.lock:
-            self._flush_gathering()
-            self.broadcast.push()
-            calm = self.messages - self._tick_messages < CALM
-            self._tick_messages = self.messages
-            if calm and not self.backlog:
-                if self.pace == GATHER:
-                    self.pace = EAGER
-                    self._window_frames = 0
-                return True
-            return False
-
-    def push(self) -> bool:
-        """Try to send the backlog. Returns whether it is gone."""
-        with self.lock:
-            return self.broadcast.push()
-
-    def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
-        """For HEADS: of each stream that fits, topic and the next seq to be sent."""
-        matches = Matcher(patterns).matches
-        with self.lock:
-            return [(p.prefix[:-1], p.following) for p in self.publishers.values() if matches(p.topic)]
-
-    def fetch(self, topic: bytes, first: int, last: int, bytes_max: int) -> Fetched:
-        """For FETCH: what the history holds."""
-        with self.lock:
-            publisher = self.publishers.get(topic.decode(errors="replace"))
-            return fetch(publisher.entries, first, last, bytes_max) if publisher else Fetched([], last)
-
-    def topics(self, skip: int, most: int) -> list[tuple[bytes, int, int]]:
-        """For STATISTICS: (topic, last seq, bytes) of streams in order of first use."""
-        with self.lock:
-            publishers = islice(self.publishers.values(), skip, skip + most)
-            return [(p.prefix[:-1], p.seq, p.sent_bytes) for p in publishers]
-
-    def announce_idle(self) -> None:
-        """Called a few times a second: HEADs for streams that have fallen idle since the last call."""
-        with self.lock:
-            for _ in range(len(self._noisy)):
-                publisher = self._noisy.popleft()
-                if publisher.head_if_idle():
-                    self._quiet[publisher] = None
-                    self._quiet.move_to_end(publisher, last=False)
-                else:
-                    self._noisy.append(publisher)
-
-    def heartbeat(self, number: int) -> None:
-        """Called once a second: the heartbeat, and again the HEADs of streams, the longest unrepeated first."""
-        with self.lock:
-            header = frames.encode_frame(
-                frames.HEARTBEAT_PREFIX, frames.HEARTBEAT, 0, 0, self.origin, number, time_ns()
-            )
-            self.broadcast.send((header,))
-            for publisher in list(islice(self._quiet, HEADS_PER_HEARTBEAT)):
-                publisher.send_head()
-                self._quiet.move_to_end(publisher)
-
-    def refuse(self, reason: Exception) -> None:
-        """Nothing can be published any more, but what has been is still sent: by a `flush_all` that is to follow.
-
-        A thread that publishes without end may hold the lock nearly all the time. It is told before we ask for it.
-        """
-        self.refusal = reason
-        if isinstance(reason, ForkedProcess):
-            self.lock = Lock()  # in the child: the old one may be held by a thread that is not here
-            for publisher in self.publishers.values():
-                publisher.full = 0  # so that the next `send` finds out
-
-    def close(self, linger_ms: int) -> None:
-        """Close the socket; what it holds is still sent for `linger_ms`."""
-        with self.lock:
-            self.closed = True
-            self.broadcast.close(linger_ms)

@@ -15,18 +15,22 @@ from typing import Protocol
 from zmqbus.errors import NodeClosed
 from zmqbus.net.clock import now
 from zmqbus.node.intake import Intake
-from zmqbus.node.links import Inbox, Link
+from zmqbus.node.publishing.outlet import Outlet
+from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, SUBSCRIPTIONS_MAX, Command, Error, Subscribed
 from zmqbus.protocol.topics import Matcher
 
 ASK_AGAIN = 1.0  # seconds after which an unanswered SUBSCRIBE is repeated
 UNCONFIRMED = 30.0  # for so long a repeated SUBSCRIBE is owed from the first: its answer may not have arrived
+REMINDED_MAX = 64  # HEADs on the PUB for one repeated SUBSCRIBE; further streams' come when they fall idle
 LEAVE_PATIENCE = 5.0  # a leaving peer is not kept in mind longer than this; it waits less itself
 
 
 class Streams(Protocol):
     """Our own streams."""
+
+    outlet: Outlet
 
     def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
         """Topic and next seq of those that fit."""
@@ -38,6 +42,8 @@ class Registration:
 
     patterns: list[str]
     matches: Callable[[str], bool]
+    observes: bool
+    """It only looks on: it is neither counted nor waited for."""
     heads: dict[bytes, int] | None
     """What it was owed from: our streams then. Kept for UNCONFIRMED, because the answer may have been lost."""
 
@@ -50,7 +56,7 @@ class Interest:
 
     def count(self, topic: str) -> int:
         """How many subscriptions a topic fits."""
-        return sum(registration.matches(topic) for registration in self.subscriptions.values())
+        return sum(own.matches(topic) for own in self.subscriptions.values() if not own.observes)
 
 
 class Registry:
@@ -59,7 +65,8 @@ class Registry:
     Args:
         links: the ways to peers, by origin.
         intakes: our subscriptions, by number. Both are their owners' and only read here.
-        joined: whether a peer is there now.
+        members: the joined peers.
+        joined: whether a peer is one of them, and can be asked now.
         gone: told when a leaving peer has taken its leave.
     """
 
@@ -70,6 +77,7 @@ class Registry:
         streams: Streams,
         links: dict[int, Link],
         intakes: dict[int, Intake],
+        members: Callable[[], list[int]],
         joined: Callable[[int], bool],
         gone: Callable[[int], None],
     ) -> None:
@@ -79,10 +87,12 @@ class Registry:
         self._streams = streams
         self._links = links
         self._intakes = intakes
+        self._members = members
         self._joined = joined
         self._gone = gone
         self._interests: dict[int, Interest] = {origin: Interest()}
         self._asked_at: dict[tuple[int, int], float] = {}  # (origin, number): asked, and HEADS not complete
+        self._attached: dict[int, set[str]] = {}  # by number: the PUBs that were connected at the last look
         self._leaving: dict[int, tuple[bytes, int, set[int]]] = {}  # BYE: identity, request, intakes to wait for
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
@@ -120,23 +130,44 @@ class Registry:
 
     def declare(self, intake: Intake) -> None:
         """Have a new subscription registered everywhere."""
-        registration = Registration(intake.patterns, Matcher(intake.patterns).matches, None)
+        registration = Registration(intake.patterns, Matcher(intake.patterns).matches, intake.observes, None)
         self._interests[self._origin].subscriptions[intake.number] = registration
+        self._look_for_observers()
         for link in self._links.values():
             self.subscribe(link, intake)
         self.changed()
 
-    def registered(self, intake: Intake) -> bool:
-        """Whether every peer that can be reached has answered with all its HEADS, and its PUB is connected."""
-        return all(
-            intake.tracker.knows(origin) and link.pub in intake.feed.attached
-            for origin, link in self._links.items()
-            if self._joined(origin)
-        )
+    def unregistered(self, intake: Intake) -> list[int]:
+        """The joined peers that have not answered with all their HEADS, or whose PUB is not connected."""
+        return [
+            origin
+            for origin in self._members()
+            if (link := self._links.get(origin)) is None
+            or not intake.tracker.knows(origin)
+            or (link.tap if intake.observes else link.pub) not in intake.feed.attached
+        ]
+
+    def attached(self, number: int) -> None:
+        """A subscription's SUB is connected to one more PUB: ask what it missed while it was not.
+
+        Otherwise only the HEAD of an idle stream would tell, 100 to 200 ms later, and that is what a newcomer would
+        wait for its first message.
+        """
+        intake = self._intakes.get(number)
+        if intake is not None:
+            present = set(intake.feed.attached)
+            fresh = present - self._attached.get(number, set())
+            self._attached[number] = present
+            for link in self._links.values():
+                if (link.tap if intake.observes else link.pub) in fresh:
+                    self.subscribe(link, intake)
+        self.changed()
 
     def withdraw(self, number: int) -> None:
         """A subscription is closed."""
+        self._attached.pop(number, None)
         self._interests[self._origin].subscriptions.pop(number, None)
+        self._look_for_observers()
         for origin, link in self._links.items():
             self._asked_at.pop((origin, number), None)
             link.declared.discard(number)
@@ -157,7 +188,7 @@ class Registry:
         """Ask one peer; also to hear from it what was missed."""
         assert link.origin is not None
         self._asked_at[link.origin, intake.number] = now()
-        if link.send(commands.Subscribe(intake.number, intake.patterns)):
+        if link.send(commands.Subscribe(intake.number, intake.patterns, intake.observes)):
             link.declared.add(intake.number)
 
     def ask_again(self) -> None:
@@ -197,23 +228,25 @@ class Registry:
         self._interests[origin] = Interest()
         for subscribed in subscriptions:
             earlier = before.subscriptions.get(subscribed.id)
-            self._register(identity, origin, request, subscribed.id, subscribed.patterns, earlier)
+            self._register(identity, origin, request, subscribed, earlier)
+        self._look_for_observers()
 
     def on_command(self, identity: bytes, origin: int, command: Command) -> bool:
         """A command came in. False: it is not one of ours."""
         match command.body:
-            case commands.Subscribe(id=number, patterns=patterns):
+            case commands.Subscribe(id=number) as subscribed:
                 interest = self._interests.setdefault(origin, Interest())
                 if len(interest.subscriptions) >= SUBSCRIPTIONS_MAX and number not in interest.subscriptions:
                     error = Error("limit", f"at most {SUBSCRIPTIONS_MAX} subscriptions to a node")
                     self.inbox.answer(identity, error, command.request)
                 else:
                     earlier = interest.subscriptions.get(number)
-                    self._register(identity, origin, command.request, number, patterns, earlier)
+                    self._register(identity, origin, command.request, subscribed, earlier)
                     self.changed()
             case commands.Unsubscribe(id=number):
                 if origin in self._interests:
                     self._interests[origin].subscriptions.pop(number, None)
+                    self._look_for_observers()
             case commands.Heads() as body:
                 self.on_heads(origin, body)
             case commands.Bye():
@@ -226,37 +259,56 @@ class Registry:
         """A peer will not come back, or only anew."""
         self._interests.pop(origin, None)
         self._leaving.pop(origin, None)
+        self._look_for_observers()
 
     def _register(
         self,
         identity: bytes,
         origin: int,
         request: int,
-        number: int,
-        patterns: list[str],
+        subscribed: Subscribed | commands.Subscribe,
         earlier: Registration | None,
     ) -> None:
         """From here on the subscription is owed all that fits, or from where an earlier request put it."""
+        number, patterns = subscribed.id, subscribed.patterns
+        if subscribed.observe:
+            self._streams.outlet.broadcast.observed = True
         heads = self._streams.heads(patterns)
         if earlier is not None and earlier.heads is not None and earlier.patterns == patterns:
             self._interests[origin].subscriptions[number] = earlier
             since = [(topic, earlier.heads.get(topic, 1)) for topic, _ in heads]
+            self._remind([now[0] for now, then in zip(heads, since, strict=True) if now != then][:REMINDED_MAX])
             for body in _heads(number, since, more=True):
                 if not self.inbox.answer(identity, body, request):
                     return
         else:
-            registration = Registration(patterns, Matcher(patterns).matches, dict(heads))
+            registration = Registration(patterns, Matcher(patterns).matches, subscribed.observe, dict(heads))
             self._interests[origin].subscriptions[number] = registration
             self._loop.call_later(UNCONFIRMED, setattr, registration, "heads", None)
         for body in _heads(number, heads):
             if not self.inbox.answer(identity, body, request):
                 return  # all or nothing: what lacks a piece would pass for complete. It is asked again
 
+    def _look_for_observers(self) -> None:
+        """Whether frames need be sent to the tap as well."""
+        self._streams.outlet.broadcast.observed = any(
+            own.observes for interest in self._interests.values() for own in interest.subscriptions.values()
+        )
+
+    def _remind(self, topics: list[bytes]) -> None:
+        """Send the HEADs of these streams of ours, for a subscriber whose SUB may just have been connected."""
+        outlet = self._streams.outlet
+        with outlet.lock:
+            outlet.broadcast.admit()
+            for topic in topics:
+                if (publisher := outlet.publishers.get(topic.decode())) is not None:
+                    publisher.send_head()
+
     # --- leaving ---------------------------------------------------------------------------------
 
     def _on_bye(self, identity: bytes, origin: int, request: int) -> None:
         """A peer leaves, and will wait a little for us to have all that it sent."""
-        waiting = {number for number, intake in self._intakes.items() if not intake.origin_leaving(origin)}
+        waiting = {n for n, own in self._intakes.items() if not own.origin_leaving(origin) and not own.observes}
         self._leaving[origin] = (identity, request, waiting)
         if waiting:
             self._loop.call_later(LEAVE_PATIENCE, self._leave, origin, identity, False)
@@ -289,7 +341,7 @@ class Registry:
                     link.send(body)
             done: asyncio.Future[bool] = self._loop.create_future()
             asked = link.ask(commands.Bye(), partial(_answered, done), timeout + 1)
-            if asked and interest.subscriptions and self._joined(origin):
+            if asked and self._joined(origin) and not all(own.observes for own in interest.subscriptions.values()):
                 waiting[origin] = done
         if waiting:
             await asyncio.wait(waiting.values(), timeout=timeout)

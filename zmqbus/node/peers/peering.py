@@ -8,22 +8,21 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine, Iterable
-from functools import partial
 from typing import Any, Protocol
 
 from zmqbus.errors import AuthError, RemoteProtocolError, SetupError
-from zmqbus.net.adapter import FdWatch
 from zmqbus.net.clock import now
-from zmqbus.net.discovery import Discovery, Found
-from zmqbus.net.interfaces import AddressWatch, best_candidate
-from zmqbus.net.sockets import NOBLOCK, Again, SocketFactory, parse_endpoint
-from zmqbus.node.events import Event, Warned
+from zmqbus.net.discovery import Discovery, Found, Warnings, to_dial
+from zmqbus.net.interfaces import AddressWatch
+from zmqbus.net.sockets import Role, SocketFactory, parse_endpoint
+from zmqbus.node.events import Event, KeyMismatch, Warned
 from zmqbus.node.intake import Intake
-from zmqbus.node.links import Feed, Gate, Inbox, Link
-from zmqbus.node.registry import ASK_AGAIN, Registry, Streams
+from zmqbus.node.peers.hearing import Hearing
+from zmqbus.node.peers.registry import ASK_AGAIN, Registry, Streams
+from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PEERS_PER_HELLO, Command, Hello, Welcome
-from zmqbus.protocol.frames import HEARTBEAT, HEARTBEAT_PREFIX, VERSION, parse_header
+from zmqbus.protocol.frames import VERSION
 from zmqbus.protocol.membership import Membership
 from zmqbus.protocol.peers import (
     Dial,
@@ -42,7 +41,6 @@ from zmqbus.protocol.peers import (
 HELLO_TIMEOUT = 10.0
 STALLED, CATCH_UP = 1.0, 0.25  # so late a timer means that nothing ran; then read what has arrived, first
 GUESTS_MAX = 8192  # who said HELLO: peers, and clients that only ask; the oldest has to say it again
-HEARTBEATS_MAX = 100_000  # unread frames on the control SUB: 4096 peers for 24 s
 ADDRESS_POLL = 2.0
 REFRESH_MIN, REFRESH_MAX = 30.0, 60.0  # how often to announce and browse anew
 REFRESH_SOON = 2.0  # after a peer fell silent
@@ -75,27 +73,29 @@ class Peering:
         interface: str | None,
         seeds: Iterable[str],
         mdns: bool,
-        ports: tuple[int, int],
+        ports: dict[Role, int],
     ) -> None:
         self.origin = origin
         self.inbox: Inbox  # set when the node opens
         self.links: dict[int, Link] = {}  # by origin: peers that answered
-        self.registry = Registry(origin, loop, host, self.links, host.intakes, self.joined, self._took_leave)
         self._host = host
         self._loop = loop
         self._factory = factory
         self._bus = bus
-        self._inbox_port, self._pub_port = ports
+        self._ports = ports
         self._who = who
-        self._membership = Membership(origin, name=who["name"], seeds=seeds, jitter=random.random)
+        self._membership = members = Membership(origin, name=who["name"], seeds=seeds, jitter=random.random)
+        self.registry = Registry(
+            origin, loop, host, self.links, host.intakes, lambda: members.joined, self.joined, self._took_leave
+        )
         self._dialled: dict[str, Link] = {}  # by endpoint
-        self._pubs: dict[int, str] = {}  # which PUB of a peer our SUBs are connected to
         self._guests: dict[bytes, int] = {}  # by routing identity on our inbox
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
         self._timers: list[asyncio.TimerHandle] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._refused_told: set[str] = set()
+        self._warnings = Warnings(lambda reason: host.emit(Warned(reason)))
+        self._mismatches = Warnings(lambda reason: host.emit(KeyMismatch(reason)))
         self._refresh_at = 0.0
         self._addresses = AddressWatch(interface)
         self._discovery: Discovery | None = None
@@ -103,18 +103,15 @@ class Peering:
             self._discovery = Discovery(
                 bus=bus,
                 origin=origin,
-                inbox_port=self._inbox_port,
-                pub_port=self._pub_port,
+                inbox_port=ports["inbox"],
+                pub_port=ports["pub"],
                 epoch=who["epoch"],
                 addresses=self._addresses.addresses,
                 on_found=self._found,
                 on_gone=lambda origin: None,  # anyone can forge a goodbye; heartbeats and BYE tell
                 on_warning=lambda reason: host.emit(Warned(reason)),
             )
-        self._control = factory.sub(HEARTBEATS_MAX)
-        self._control.subscribe(HEARTBEAT_PREFIX)
-        self._control_watch = FdWatch(loop, self._control, self._drain_control)
-        self._heartbeats = Feed(factory, loop, self._control, Gate(self._control_watch.check), lambda: None)
+        self._hearing = Hearing(factory, loop, host.intakes, self._heard, self._garbage)
 
     def start(self, inbox: Inbox) -> None:
         """Begin to look for others, and to be found."""
@@ -123,6 +120,7 @@ class Peering:
             self._spawn(self._discovery.start())
             self._refresh_at = now() + random.uniform(REFRESH_MIN, REFRESH_MAX)
         self._perform(self._membership.tick(now()))
+        self._tell_trouble()
         self._every(ADDRESS_POLL, self._poll_addresses)
         self._every(ASK_AGAIN, self.registry.ask_again)
 
@@ -130,12 +128,11 @@ class Peering:
     def endpoints(self) -> dict[str, str]:
         """Our inbox and PUB, at the first of our present addresses. From any thread."""
         address = next(iter(self._addresses.addresses), "127.0.0.1")
-        return {"inbox": f"tcp://{address}:{self._inbox_port}", "pub": f"tcp://{address}:{self._pub_port}"}
+        return {"inbox": f"tcp://{address}:{self._ports['inbox']}", "pub": f"tcp://{address}:{self._ports['pub']}"}
 
     def connect(self, intake: Intake) -> None:
         """Connect a new subscription to every publisher, and have it registered there."""
-        for pub in self._pubs.values():
-            intake.feed.connect(pub)
+        self._hearing.connect(intake)
         self.registry.declare(intake)
 
     # --- questions -------------------------------------------------------------------------------
@@ -177,7 +174,7 @@ class Peering:
                     self._host.emit(output)
                 case PeerChanged(peer=peer):
                     if peer.origin in self.links:
-                        self._connect_pub(self.links[peer.origin])
+                        self._hearing.attach(peer.origin, self.links[peer.origin])
                 case DuplicateName():
                     self._host.emit(output)
         self.registry.changed()
@@ -204,23 +201,25 @@ class Peering:
         old = self._dialled.pop(endpoint, None)
         if old is not None:
             self._drop(old)
+        # Without a key nearly all handshakes succeed: a monitor only where one seems not to have.
+        on_refused = self._mismatch if self._factory.secure or (old is not None and old.origin is None) else None
         try:
-            link = Link(self._factory, self._loop, endpoint, self._on_answer, self._garbage, self._hello)
+            link = Link(self._factory, self._loop, endpoint, self._on_answer, self._garbage, self._hello, on_refused)
         except (SetupError, AuthError) as error:
-            self._host.emit(Warned(f"cannot dial {endpoint}: {error}"))
+            self._warnings.say(endpoint, f"cannot dial {endpoint}: {error}")
             return
         self._dialled[endpoint] = link
 
+    def _mismatch(self, link: Link, why: str) -> None:
+        self._mismatches.say(link.endpoint, f"cannot join {link.endpoint} on bus {self._bus!r}: {why}")
+
     def _drop(self, link: Link) -> None:
-        if link.refused and link.endpoint not in self._refused_told:
-            self._refused_told.add(link.endpoint)
-            self._host.emit(Warned(f"{link.endpoint} is on bus {self._bus!r} but refused us: {link.refused}"))
         if link.origin is not None and self.links.get(link.origin) is link:
             del self.links[link.origin]
         link.close()
 
     def _forget(self, origin: int) -> None:
-        self._disconnect_pub(origin)
+        self._hearing.detach(origin)
         self.registry.forget(origin)
         for identity in [identity for identity, guest in self._guests.items() if guest == origin]:
             del self._guests[identity]
@@ -230,7 +229,7 @@ class Peering:
     def _left(self, peer: Peer, reason: str) -> None:
         if reason == "silent":
             self._refresh_at = min(self._refresh_at, now() + REFRESH_SOON * random.uniform(0.5, 1.5))
-            self._reconnect_pub(peer.origin)
+            self._hearing.reattach(peer.origin)
         else:
             for intake in self._host.intakes.values():
                 intake.origin_gone(peer.origin)
@@ -238,15 +237,22 @@ class Peering:
     # --- HELLO and WELCOME -----------------------------------------------------------------------
 
     def _introduction(self, kind: type[Hello], **more: Any) -> Hello:
-        inbox = [f"tcp://{address}:{self._inbox_port}" for address in self._addresses.addresses[:64]]
+        inbox = [f"tcp://{address}:{self._ports['inbox']}" for address in self._addresses.addresses[:64]]
         known = self._membership.known_endpoints(PEERS_PER_HELLO)
         return kind(
-            origin=self.origin, bus=self._bus, inbox=inbox, pub_port=self._pub_port, peers=known, **self._who, **more
+            origin=self.origin,
+            bus=self._bus,
+            inbox=inbox,
+            pub_port=self._ports["pub"],
+            tap_port=self._ports["tap"],
+            peers=known,
+            **self._who,
+            **more,
         )
 
     def _hello(self, link: Link) -> bool:
         """Introduce ourselves and all our subscriptions. False: not connected yet."""
-        wanted = [commands.Subscribed(i.number, i.patterns) for i in self._host.intakes.values()]
+        wanted = [commands.Subscribed(i.number, i.patterns, i.observes) for i in self._host.intakes.values()]
         hello = self._introduction(Hello, subscriptions=wanted)
         if not link.ask(hello, lambda command: self._welcomed(link, command), HELLO_TIMEOUT):
             return False
@@ -260,21 +266,21 @@ class Peering:
             return
         body = command.body
         if isinstance(body, commands.Error):
-            if link.endpoint not in self._refused_told:
-                self._refused_told.add(link.endpoint)
-                self._host.emit(Warned(f"{link.endpoint} refused us: {body.reason}"))
+            self._warnings.say(link.endpoint, f"{link.endpoint} refused us: {body.reason}")
             return
         if not isinstance(body, Welcome):
             self._garbage(RemoteProtocolError(f"{link.endpoint}: {type(body).__name__} in answer to HELLO"))
             return
-        link.pub = f"tcp://{parse_endpoint(link.endpoint)[0]}:{body.pub_port}"
+        host = parse_endpoint(link.endpoint)[0]
+        link.pub = f"tcp://{host}:{body.pub_port}"
+        link.tap = f"tcp://{host}:{body.tap_port}" if body.tap_port else link.pub
         endpoints = self._candidates(body) or [link.endpoint]  # what it says may not be reachable: it was dialled here
         outputs = self._membership.welcomed(self._peer(body, endpoints, link.pub), link.endpoint, now())
         taken = self._membership.state(body.origin) in (State.SEEN, State.JOINED)
         if taken and HangUp(link.endpoint) not in outputs:
             link.origin = body.origin
             self.links[body.origin] = link
-            self._connect_pub(link)
+            self._hearing.attach(body.origin, link)
             for intake in self._host.intakes.values():
                 intake.sources_changed()  # it may have joined before this link stood: by a heartbeat, back from silence
         self._perform(outputs)
@@ -323,36 +329,31 @@ class Peering:
 
     def _candidates(self, body: Hello) -> list[str]:
         """Of the endpoints a peer says it has, those to dial, the best first."""
-        ports: dict[str, int] = {}
-        for endpoint in body.inbox:
-            try:
-                host, port = parse_endpoint(endpoint)
-            except SetupError as error:
-                self._garbage(RemoteProtocolError(f"HELLO of {body.name}: {error}"))
-                continue
-            ports.setdefault(host, port)
-        return [f"tcp://{host}:{ports[host]}" for host in best_candidate(list(ports), self._addresses.local)]
+        return [] if self._is_surprise(body) else to_dial(body.inbox, self._addresses.local)
+
+    def _is_surprise(self, body: Hello) -> bool:
+        """It came by a network, and we thought that there was none: what that peer calls loopback is not ours."""
+        from_here = body.host == self._who["host"] and all(inbox.startswith("tcp://127.") for inbox in body.inbox)
+        if from_here or not self._addresses.is_behind:
+            return False
+        self._timers.append(self._loop.call_later(0, self._poll_addresses))
+        return True
 
     def _hints(self, body: Hello) -> None:
         """Whom a peer knows."""
         outputs: list[Output] = []
-        for origin, endpoint in body.peers:
+        for origin, endpoint in () if self._is_surprise(body) else body.peers:
             if self._membership.state(origin) is State.JOINED:
                 continue  # no news: among n nodes that boot together nearly all of n³ hints
-            try:
-                host, _ = parse_endpoint(endpoint)
-            except SetupError:
-                continue
-            if best_candidate([host], self._addresses.local):
+            if to_dial([endpoint], self._addresses.local):
                 outputs += self._membership.hint(origin, endpoint, now())
         self._perform(outputs)
 
     def _found(self, found: Found) -> None:
         """mDNS: somebody announced itself."""
-        hosts = best_candidate(found.host_addresses, self._addresses.local)
-        if hosts:
-            inbox, *also = (f"tcp://{host}:{found.inbox_port}" for host in hosts)
-            self._perform(self._membership.hint(found.origin, inbox, now(), also=tuple(also)))
+        inboxes = to_dial([f"tcp://{host}:{found.inbox_port}" for host in found.host_addresses], self._addresses.local)
+        if inboxes:
+            self._perform(self._membership.hint(found.origin, inboxes[0], now(), also=tuple(inboxes[1:])))
 
     # --- commands --------------------------------------------------------------------------------
 
@@ -379,63 +380,12 @@ class Peering:
     def _took_leave(self, origin: int) -> None:
         self._perform(self._membership.bye(origin, now()))
 
-    # --- PUBs and heartbeats ---------------------------------------------------------------------
+    # --- heartbeats --------------------------------------------------------------------------------
 
-    def _connect_pub(self, link: Link) -> None:
-        assert link.origin is not None
-        assert link.pub is not None
-        if self._pubs.get(link.origin) != link.pub:
-            self._disconnect_pub(link.origin)
-            self._connect_to_pub(link.origin, link.pub)
-
-    def _reconnect_pub(self, origin: int) -> None:
-        """The connection may be dead without a word: a SUB never sends, so that TCP has no cause to find it out."""
-        pub = self._pubs.get(origin)
-        if pub is not None:
-            self._heartbeats.disconnect(pub)
-            self._heartbeats.connect(pub)
-            for intake in self._host.intakes.values():
-                intake.when_drained(partial(self._reconnect, intake, origin, pub))
-
-    def _reconnect(self, intake: Intake, origin: int, pub: str) -> None:
-        if self._pubs.get(origin) == pub:
-            intake.feed.disconnect(pub)
-            intake.feed.connect(pub)
-
-    def _connect_to_pub(self, origin: int, pub: str) -> None:
-        self._pubs[origin] = pub
-        self._heartbeats.connect(pub)
-        for intake in self._host.intakes.values():
-            intake.feed.connect(pub)
-
-    def _disconnect_pub(self, origin: int) -> None:
-        pub = self._pubs.pop(origin, None)
-        if pub is None or pub in self._pubs.values():
-            return
-        self._heartbeats.disconnect(pub)
-        for intake in self._host.intakes.values():  # to disconnect is to drop what is received and not read
-            intake.when_drained(partial(self._disconnect, intake, pub))
-
-    def _disconnect(self, intake: Intake, pub: str) -> None:
-        if pub not in self._pubs.values():
-            intake.feed.disconnect(pub)
-
-    def _drain_control(self) -> bool:
-        time = now()
-        for _ in range(256):
-            try:
-                frame = self._control.recv(NOBLOCK)
-            except Again:
-                return False
-            try:
-                _, kind, _, _, origin, _, _ = parse_header(frame)
-            except RemoteProtocolError as error:
-                self._garbage(error)
-                continue
-            if kind == HEARTBEAT and (outputs := self._membership.heard(origin, time)):
-                self._perform(outputs)
-                self._resubscribe(origin)
-        return True
+    def _heard(self, origin: int) -> None:
+        if outputs := self._membership.heard(origin, now()):
+            self._perform(outputs)
+            self._resubscribe(origin)
 
     def _resubscribe(self, origin: int) -> None:
         """A peer is back from silence: hear from it what was missed."""
@@ -449,16 +399,20 @@ class Peering:
         before = set(self._addresses.addresses)
         addresses = self._addresses.poll()
         if addresses is not None:
+            self._tell_trouble()
             if self._discovery is not None:
                 self._spawn(self._discovery.set_addresses(addresses))
             if not before.issubset(addresses):  # connections may be from one that is gone
-                for origin in list(self._pubs):
-                    self._reconnect_pub(origin)
+                self._hearing.reattach()
             for link in list(self._dialled.values()):  # say where we are now, over fresh connections
                 self._dial(link.endpoint)
         elif self._discovery is not None and now() >= self._refresh_at:
             self._refresh_at = now() + random.uniform(REFRESH_MIN, REFRESH_MAX)
             self._spawn(self._discovery.refresh())
+
+    def _tell_trouble(self) -> None:
+        if (trouble := self._addresses.trouble) is not None:
+            self._host.emit(Warned(trouble))
 
     def _garbage(self, error: RemoteProtocolError) -> None:
         self._host.emit(Warned(str(error)))
@@ -484,7 +438,6 @@ class Peering:
         for timer in (*self._timers, self._timer):
             if timer is not None:
                 timer.cancel()
-        self._timers = []
         if self._discovery is not None:
             await self._discovery.close()
         for task in list(self._tasks):
@@ -494,5 +447,4 @@ class Peering:
             link.close(linger_ms=100)
         self._dialled.clear()
         self.links.clear()
-        self._control_watch.close()
-        self._heartbeats.close()
+        self._hearing.close()

@@ -1,0 +1,184 @@
+"""Standard output: a stream of messages for whoever reads it as slowly as they like, tables, and how much was lost."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import click
+
+from zmqbus.cli.shell.stopping import PEEK, check, suspended
+from zmqbus.net.clock import now
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from zmqbus.protocol.tracking import Gap
+
+BLOCK_BYTES = 64 * 1024  # gathered before it is written, while more comes
+STEP_BYTES = 4096  # at a time: what a pipe that is ready takes without blocking
+PATIENCE = 1.0  # seconds that whoever reads our output has for the rest of it when we end
+GAPS_SHOWN = 20  # ranges in a report
+FOLDED = 16  # cells that a column keeps, when texts have to be folded
+GAP = 3  # cells between columns; one more on either side of the table
+
+
+def on_terminal() -> bool:
+    """Whether standard output is a terminal, for people; otherwise it is for programs."""
+    return sys.stdout.isatty()
+
+
+def colored() -> bool:
+    """Whether that terminal should show colours, or bold."""
+    return on_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def plural(n: int, noun: str) -> str:
+    """`1 message`, `1,204 messages`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+class Output:
+    """Messages on their way to standard output. Waits for a slow reader in short steps, and counts what that took."""
+
+    def __init__(self) -> None:
+        sys.stdout.flush()
+        buffer = sys.stdout.buffer
+        self._raw = getattr(buffer, "raw", buffer)
+        self._poll: select.poll | None = select.poll()
+        try:
+            self._poll.register(self._raw.fileno(), select.POLLOUT)
+        except OSError:  # it is no file
+            self._poll = None
+        self._encoding = sys.stdout.encoding
+        self._pending = bytearray()
+        self._ends: deque[int] = deque()  # of messages that are pending, in bytes since the beginning
+        self._written = 0
+        self._shown = 0
+
+    def put(self, text: str) -> None:
+        """One message more, without its last newline. It is written by and by, at the latest by `flush`."""
+        self._pending += text.encode(self._encoding, "backslashreplace")
+        self._pending += b"\n"
+        self._ends.append(self._written + len(self._pending))
+        if len(self._pending) >= BLOCK_BYTES:
+            self.flush()
+
+    def flush(self, patience: float | None = None) -> None:
+        """Write what is pending: all of it, unless Ctrl-Z comes; or what is taken within `patience` seconds.
+
+        Raises:
+            Stopped: the command was asked to stop, and nothing was said about patience. The rest is still pending.
+        """
+        until = None if patience is None else now() + patience
+        while self._pending:
+            if until is None:
+                check()
+                if suspended():
+                    return
+            elif now() >= until:
+                return
+            if self._poll is None or self._poll.poll(1000 * (PEEK if until is None else max(0.0, until - now()))):
+                written = self._raw.write(bytes(self._pending[:STEP_BYTES])) or 0
+                del self._pending[:written]
+                self._written += written
+
+    @property
+    def shown(self) -> int:
+        """Messages that were written, to their ends."""
+        while self._ends and self._ends[0] <= self._written:
+            self._ends.popleft()
+            self._shown += 1
+        return self._shown
+
+
+# --- saying what was lost ----------------------------------------------------------------------
+
+
+class Losses(Protocol):
+    """What a subscription knows about what it lost."""
+
+    @property
+    def lost(self) -> int:
+        """Messages."""
+
+    @property
+    def gaps(self) -> list[Gap]:
+        """Ranges."""
+
+
+def loss_report(losses: Losses, name: Callable[[int], str]) -> str:
+    """`nothing lost`, or how much, and below it which messages, by publisher and range."""
+    from zmqbus.cli.render import escape
+
+    if not losses.lost:
+        return "nothing lost"
+    gaps = losses.gaps
+    lines = [f"{plural(losses.lost, 'message')} lost:"]
+    for gap in gaps[:GAPS_SHOWN]:
+        span = f"#{gap.first}" if gap.first == gap.last else f"#{gap.first} to #{gap.last}"
+        lines.append(f"  {escape(gap.topic)}  {escape(name(gap.origin) or f'{gap.origin:016x}')}{span} ({gap.count:,})")
+    if len(gaps) > GAPS_SHOWN:
+        lines.append(f"  … and {plural(len(gaps) - GAPS_SHOWN, 'more range')}")
+    return "\n".join(lines)
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """`whole`: never folded, to be copied. `spare`: left out where there is no room, the highest first; 0: never."""
+
+    heading: str
+    right: bool = False
+    whole: bool = False
+    spare: int = 0
+
+
+def make_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> Table:
+    """A table for a terminal so many cells wide."""
+    from rich import box
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    widths = [max(map(cell_len, cells)) for cells in zip([one.heading for one in columns], *rows, strict=True)]
+    least = [full if one.whole else min(full, FOLDED) for one, full in zip(columns, widths, strict=True)]
+    shown = list(range(len(columns)))
+    while sum(least[i] + GAP for i in shown) - GAP + 2 > width and any(columns[i].spare for i in shown):
+        shown.remove(max(shown, key=lambda i: columns[i].spare))
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold" if colored() else "", pad_edge=False)
+    for i in shown:
+        one = columns[i]
+        table.add_column(
+            one.heading,
+            justify="right" if one.right else "left",
+            overflow="fold",
+            no_wrap=one.whole,
+            min_width=widths[i] if one.whole else len(one.heading),
+        )
+    for row in rows:
+        table.add_row(*(Text(row[i]) for i in shown))  # not markup: these are texts of peers
+    return table
+
+
+def show_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    """On a terminal a table that fits it; elsewhere plain columns, whole, under one line of headings."""
+    if on_terminal():
+        from rich.console import Console
+
+        console = Console()
+        console.print(make_table(columns, rows, console.width), crop=False)
+        return
+    lines = [[one.heading for one in columns], *rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            cell.rjust(width) if one.right else cell.ljust(width)
+            for cell, width, one in zip(line, widths, columns, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())

@@ -1,0 +1,106 @@
+"""Whom we hear: our SUBs' connections to the PUBs of peers, and their heartbeats. On the engine's loop.
+
+A peer has two: its PUB for subscribers, and its tap for those who only look on. Heartbeats come by the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from zmqbus.errors import RemoteProtocolError
+from zmqbus.net.adapter import FdWatch
+from zmqbus.net.sockets import NOBLOCK, Again, SocketFactory
+from zmqbus.node.intake import Intake
+from zmqbus.node.wiring.feed import Feed, Gate
+from zmqbus.node.wiring.links import Link
+from zmqbus.protocol.frames import HEARTBEAT, HEARTBEAT_PREFIX, parse_header
+
+HEARTBEATS_MAX = 100_000  # unread frames on the control SUB: 4096 peers for 24 s
+DRAIN_MAX = 256  # heartbeats taken in a row before other work has its turn
+
+
+class Hearing:
+    """The PUBs of the peers of one node."""
+
+    def __init__(
+        self,
+        factory: SocketFactory,
+        loop: asyncio.AbstractEventLoop,
+        intakes: dict[int, Intake],
+        on_heartbeat: Callable[[int], None],
+        on_garbage: Callable[[RemoteProtocolError], None],
+    ) -> None:
+        self._intakes = intakes
+        self._on_heartbeat = on_heartbeat
+        self._on_garbage = on_garbage
+        self._pubs: dict[int, tuple[str, str]] = {}  # by origin: PUB and tap that our SUBs are connected to
+        self._control = factory.sub(HEARTBEATS_MAX)
+        self._control.subscribe(HEARTBEAT_PREFIX)
+        self._watch = FdWatch(loop, self._control, self._drain)
+        self._heartbeats = Feed(factory, loop, self._control, Gate(self._watch.check), lambda: None)
+
+    def connect(self, intake: Intake) -> None:
+        """Connect a new subscription to every publisher."""
+        for pubs in self._pubs.values():
+            intake.feed.connect(pubs[intake.observes])
+
+    def attach(self, origin: int, link: Link) -> None:
+        """Hear a peer."""
+        assert link.pub is not None
+        assert link.tap is not None
+        pubs = link.pub, link.tap
+        if self._pubs.get(origin) != pubs:
+            self.detach(origin)
+            self._pubs[origin] = pubs
+            self._heartbeats.connect(link.pub)
+            for intake in self._intakes.values():
+                intake.feed.connect(pubs[intake.observes])
+
+    def detach(self, origin: int) -> None:
+        """Hear a peer no longer."""
+        pubs = self._pubs.pop(origin, None)
+        if pubs is None or pubs in self._pubs.values():
+            return
+        self._heartbeats.disconnect(pubs[0])
+        for intake in self._intakes.values():  # to disconnect is to drop what is received and not read
+            intake.when_drained(partial(self._disconnect, intake, pubs))
+
+    def reattach(self, only: int | None = None) -> None:
+        """A connection may be dead without a word: a SUB never sends, so that TCP has no cause to find it out."""
+        for origin, pubs in self._pubs.items():
+            if only in (None, origin):
+                self._heartbeats.disconnect(pubs[0])
+                self._heartbeats.connect(pubs[0])
+                for intake in self._intakes.values():
+                    intake.when_drained(partial(self._reconnect, intake, origin, pubs))
+
+    def close(self) -> None:
+        """Let go of the heartbeats; subscriptions are their owners' to close."""
+        self._watch.close()
+        self._heartbeats.close()
+
+    def _disconnect(self, intake: Intake, pubs: tuple[str, str]) -> None:
+        if pubs not in self._pubs.values():
+            intake.feed.disconnect(pubs[intake.observes])
+
+    def _reconnect(self, intake: Intake, origin: int, pubs: tuple[str, str]) -> None:
+        if self._pubs.get(origin) == pubs:
+            intake.feed.disconnect(pubs[intake.observes])
+            intake.feed.connect(pubs[intake.observes])
+
+    def _drain(self) -> bool:
+        for _ in range(DRAIN_MAX):
+            try:
+                frame = self._control.recv(NOBLOCK)
+            except Again:
+                return False
+            try:
+                _, kind, _, _, origin, _, _ = parse_header(frame)
+            except RemoteProtocolError as error:
+                self._on_garbage(error)
+                continue
+            if kind == HEARTBEAT:
+                self._on_heartbeat(origin)
+        return True

@@ -1,0 +1,248 @@
+"""Commands on the wire: a `Link` is the DEALER to one peer's inbox, the `Inbox` our own ROUTER.
+
+A link asks and gets answers, an inbox is asked and answers. What a command *means* is not known here. All of it runs
+on the engine's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable, Sequence
+from math import inf
+
+from zmqbus.errors import RemoteProtocolError, ZmqbusError
+from zmqbus.net.adapter import FdWatch
+from zmqbus.net.sockets import (
+    EVENTS,
+    LINGER,
+    NOBLOCK,
+    POLLOUT,
+    Again,
+    Refused,
+    Socket,
+    SocketFactory,
+    parse_monitor,
+)
+from zmqbus.protocol.commands import Body, Command, Error, UnknownCommand, decode_command, encode_command
+
+DRAIN_MAX = 64  # commands taken in a row before other work has its turn
+HANG_UPS_WITHIN = 2.0  # seconds between two, for a verdict: libzmq dials again within 0.4
+MECHANISM_MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: one of the two has no key
+PASS_KEY = "pass it one: key= or --key-file"
+
+Answer = Callable[[Command | None], None]
+"""Called once, with the answer, or with None when there is none in time."""
+
+
+class Link:
+    """The way to one peer's inbox. `origin` is unknown (None) until it has answered."""
+
+    def __init__(
+        self,
+        factory: SocketFactory,
+        loop: asyncio.AbstractEventLoop,
+        endpoint: str,
+        on_command: Callable[[Link, Command], None],
+        on_garbage: Callable[[RemoteProtocolError], None],
+        hello: Callable[[Link], bool],
+        on_refused: Callable[[Link, str], None] | None,
+    ) -> None:
+        """`hello` is called until it returns True: at the first moment at which the peer can be reached.
+
+        `on_refused` is told why a handshake failed, as far as that can be known; None saves the monitor for it.
+        """
+        self.endpoint = endpoint
+        self.origin: int | None = None
+        self.pub: str | None = None  # the peer's PUB, once known,
+        self.tap: str | None = None  # and where those who only look on are to connect
+        self.declared: set[int] = set()  # our subscriptions that this peer was told of
+        self.awaits_welcome = False  # it was sent a HELLO, and has not answered yet
+        self._factory = factory
+        self._loop = loop
+        self._on_command = on_command
+        self._on_garbage = on_garbage
+        self._pending: dict[int, tuple[Answer, asyncio.TimerHandle]] = {}
+        self._requests = 0
+        self._hello: Callable[[Link], bool] | None = hello
+        self._on_refused = on_refused
+        self._broken_off_at = -inf
+        self._socket = factory.dealer()
+        self._monitor = factory.handshake_monitor(self._socket) if on_refused is not None else None
+        try:
+            factory.connect(self._socket, endpoint)
+        except ZmqbusError:
+            self._close_socket(0)
+            raise
+        self._watch = FdWatch(loop, self._socket, self._drain)
+        self._monitor_watch = FdWatch(loop, self._monitor, self._drain_monitor) if self._monitor else None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether something could be sent to the peer now."""
+        writable = bool(int(self._socket.get(EVENTS)) & POLLOUT)
+        self._watch.check()  # looking at EVENTS takes the signal of what has arrived
+        return writable
+
+    def send(self, body: Body) -> bool:
+        """Say something that needs no answer. False: the peer cannot be reached now."""
+        return self._send(encode_command(body))
+
+    def ask(self, body: Body, on_answer: Answer, timeout: float) -> bool:
+        """Ask; `on_answer` is called later, in any case. False: the peer cannot be reached now, nothing is called."""
+        self._requests += 1
+        number = self._requests
+        if not self._send(encode_command(body, number)):
+            return False
+        self._pending[number] = (on_answer, self._loop.call_later(timeout, self._answered, number, None))
+        return True
+
+    async def question(self, body: Body, timeout: float) -> Command | None:
+        """Ask and wait for the answer; None when there is none within `timeout` seconds."""
+        future: asyncio.Future[Command | None] = self._loop.create_future()
+
+        def answered(command: Command | None) -> None:
+            if not future.done():  # whoever waited may have given up
+                future.set_result(command)
+
+        return await future if self.ask(body, answered, timeout) else None
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Let go of the peer. Questions that are still open get None."""
+        self._watch.close()
+        if self._monitor_watch is not None:
+            self._monitor_watch.close()
+        self._close_socket(linger_ms)
+        for number in list(self._pending):
+            self._answered(number, None)
+
+    def _close_socket(self, linger_ms: int) -> None:
+        if self._monitor is None:
+            self._socket.close(linger_ms)
+        else:
+            self._socket.set(LINGER, linger_ms)
+            self._factory.close_monitored(self._socket, self._monitor)
+
+    def _send(self, parts: Sequence[bytes]) -> bool:
+        if self._socket.closed:
+            return False
+        try:
+            self._socket.send_multipart(parts, NOBLOCK)
+        except Again:
+            return False
+        finally:
+            self._watch.check()
+        return True
+
+    def _answered(self, number: int, command: Command | None) -> bool:
+        entry = self._pending.pop(number, None)
+        if entry is None:
+            return False
+        entry[1].cancel()
+        entry[0](command)
+        return True
+
+    def _drain(self) -> bool:
+        if self._hello is not None:  # the socket stirs when it is connected, too
+            hello, self._hello = self._hello, None
+            if not hello(self):
+                self._hello = hello
+        for _ in range(DRAIN_MAX):
+            try:
+                parts = self._socket.recv_multipart(NOBLOCK)
+            except Again:
+                return False
+            try:
+                command = decode_command(parts)
+            except RemoteProtocolError as error:
+                self._on_garbage(error)
+                continue
+            stranger = isinstance(command.body, Error) and command.body.code == "hello"
+            if (
+                not self._answered(command.request, command) or stranger
+            ):  # by a reconnect: whatever was asked, HELLO first
+                self._on_command(self, command)
+            if self._socket.closed:
+                return False
+        return True
+
+    def _drain_monitor(self) -> bool:
+        assert self._monitor is not None
+        assert self._on_refused is not None
+        while True:
+            try:
+                event, _, value = parse_monitor(self._monitor.recv_multipart(NOBLOCK))
+            except Again:
+                return False
+            if event == "HANDSHAKE_FAILED_NO_DETAIL":
+                # It hung up. So does, once, a peer that is closing; one that stands still is cut off after 3 s.
+                last, self._broken_off_at = self._broken_off_at, self._loop.time()
+                if self._broken_off_at - last > HANG_UPS_WITHIN:
+                    continue
+            self._on_refused(self, _why_refused(event, value, self._factory.secure))
+
+
+def _why_refused(event: str, value: int, have_key: bool) -> str:
+    """What a failed handshake says about the peer."""
+    if event == "HANDSHAKE_FAILED_NO_DETAIL":
+        if have_key:
+            return "it breaks off every handshake, so that it has another bus key, or none"
+        return f"it breaks off every handshake: it seems to have a bus key, and this node has none ({PASS_KEY})"
+    if value == MECHANISM_MISMATCH:
+        if have_key:
+            return "it has no bus key, and this node has one"
+        return f"it has a bus key, and this node has none ({PASS_KEY})"
+    if event == "HANDSHAKE_FAILED_AUTH":
+        return f"it does not admit our key (status {value})"
+    return f"the handshake failed ({event}, {value:#x}): is that a zmqbus node?"
+
+
+class Inbox:
+    """Our ROUTER: hands out (identity, command), takes answers."""
+
+    def __init__(
+        self,
+        socket: Socket,
+        loop: asyncio.AbstractEventLoop,
+        on_command: Callable[[bytes, Command], None],
+        on_garbage: Callable[[RemoteProtocolError], None],
+    ) -> None:
+        self._socket = socket
+        self._on_command = on_command
+        self._on_garbage = on_garbage
+        self._watch = FdWatch(loop, socket, self._drain)
+
+    def answer(self, identity: bytes, body: Body, request: int, batches: Sequence[bytes] = ()) -> bool:
+        """Send to whoever asked. False: gone, or not reading its answers; it will ask again if it still wants to."""
+        try:
+            self._socket.send_multipart([identity, *encode_command(body, request, batches)], NOBLOCK, copy=False)
+        except Refused as error:
+            if error.errno not in (errno.EAGAIN, errno.EHOSTUNREACH):
+                raise
+            return False
+        finally:
+            self._watch.check()
+        return True
+
+    def close(self) -> None:
+        """Stop listening. The socket is closed as well."""
+        self._watch.close()
+        self._socket.close(0)
+
+    def _drain(self) -> bool:
+        for _ in range(DRAIN_MAX):
+            try:
+                identity, *parts = self._socket.recv_multipart(NOBLOCK)
+            except Again:
+                return False
+            try:
+                command = decode_command(parts)
+            except UnknownCommand as error:
+                self.answer(identity, Error("unknown", str(error)), error.request)
+                continue
+            except RemoteProtocolError as error:
+                self._on_garbage(error)
+                self.answer(identity, Error("protocol", str(error)), 0)
+                continue
+            self._on_command(identity, command)
+        return True
