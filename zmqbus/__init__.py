@@ -26,11 +26,12 @@ if TYPE_CHECKING:
         TopicError,
         UnsupportedValue,
         WaitTimeout,
+        WrongLoop,
         ZmqbusError,
     )
     from zmqbus.net.keys import BusKey
-    from zmqbus.node.aio import AsyncEventStream, AsyncNode, AsyncPublisher, AsyncSubscription
-    from zmqbus.node.events import Event, EventStream, KeyMismatch, TopicInfo, Undelivered, Warned
+    from zmqbus.node.aio import AsyncNode, AsyncPublisher, AsyncSubscription
+    from zmqbus.node.events import AsyncEventStream, Event, EventStream, KeyMismatch, TopicInfo, Undelivered, Warned
     from zmqbus.node.node import Node, Subscription
     from zmqbus.node.publishing.publisher import Publisher
     from zmqbus.protocol.message import Message
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 # Where the names live. They are loaded when first used: `zmqbus --help` needs neither sockets nor mDNS.
 _HOMES = {
-    "AsyncEventStream": "node.aio",
+    "AsyncEventStream": "node.events",
     "AsyncNode": "node.aio",
     "AsyncPublisher": "node.aio",
     "AsyncSubscription": "node.aio",
@@ -72,6 +73,7 @@ _HOMES = {
     "WaitTimeout": "errors",
     "KeyMismatch": "node.events",
     "Warned": "node.events",
+    "WrongLoop": "errors",
     "ZmqbusError": "errors",
 }
 
@@ -109,6 +111,7 @@ __all__ = [
     "UnsupportedValue",
     "WaitTimeout",
     "Warned",
+    "WrongLoop",
     "ZmqbusError",
     "__version__",
 ]

@@ -55,6 +55,17 @@ class NodeClosed(ZmqbusError):
     """The node or subscription was used after `close()`."""
 
 
+class WrongLoop(ZmqbusError, RuntimeError):
+    """An AsyncNode, or what it handed out, was used on another event loop than the one it was opened on."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"node {name!r} was opened on another event loop: use it there (asyncio.run_coroutine_threadsafe), or open "
+            "an AsyncNode on each loop"
+        )
+        self.name = name
+
+
 class ForkedProcess(ZmqbusError):
     """A node was used in a child process after `fork()`: sockets do not survive a fork."""
 

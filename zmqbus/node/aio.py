@@ -1,30 +1,35 @@
 """The asyncio face: `AsyncNode`. The same engine, on the caller's own loop, and no thread.
 
 Publishing gathers what one turn of the loop publishes and sends it at the end of the turn. Consuming drains the
-subscription's socket in the consumer's own task. Cancelling a task that waits for a message loses nothing.
+subscription's socket in the consumer's own task. Both let the loop have its turn every few milliseconds, however much
+there is to do. Cancelling a task that waits for a message loses nothing: a message is taken only after the last await.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Generator, Sequence
+import os
+import warnings
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from zmqbus.errors import ForkedProcess, NodeClosed
+from zmqbus.errors import ForkedProcess, NodeClosed, WrongLoop
 from zmqbus.net.clock import now
 from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
-from zmqbus.node.events import EVENTS_MAX, Event, TopicInfo, Undelivered
+from zmqbus.node.events import AsyncEventStream, TopicInfo, Undelivered
 from zmqbus.node.intake import Intake
 from zmqbus.node.node import CLOSE_TIMEOUT
 from zmqbus.node.publishing.publisher import SMALL, TICK, Publisher
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.peers import Peer
 from zmqbus.protocol.tracking import Gap
+
+SHIFT = 0.002  # seconds for which a consumer may take what is there without a turn of the loop
 
 
 class AsyncSubscription:
@@ -42,9 +47,11 @@ class AsyncSubscription:
     ) -> None:
         self._node = node
         self._asked = (patterns, value_type, history, on_gap, observe)
-        self._opening: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[Intake] | None = None
         self._intake: Intake | None = None
+        self._closed = False
         self._bell = _Bell()
+        self._rest_at = 0.0
 
     async def get(self, timeout: float | None = None) -> Message | None:
         """The next message; None when none came within `timeout` seconds (0: only what is here), or on `close()`.
@@ -55,7 +62,9 @@ class AsyncSubscription:
             NodeClosed: the subscription was closed before this call.
         """
         deadline = None if timeout is None else now() + timeout
-        intake = self._intake or await self._open()
+        intake = self._intake or await self._open(timeout)
+        if intake is None:
+            return None
         for message in intake.items:
             return message
         if intake.closed is not None:
@@ -67,6 +76,8 @@ class AsyncSubscription:
 
     async def __anext__(self) -> Message:
         intake = self._intake or await self._open()
+        if intake is None:
+            raise StopAsyncIteration
         for message in intake.items:
             return message
         following = await self._take(intake, None)
@@ -76,10 +87,14 @@ class AsyncSubscription:
 
     async def _take(self, intake: Intake, deadline: float | None) -> Message | None:
         """Wait for a message. None: the deadline has passed, or the subscription is closed."""
-        loop = asyncio.get_running_loop()
+        loop = self._node._home()
+        if now() >= self._rest_at:
+            await asyncio.sleep(0)
+            self._rest_at = now() + SHIFT
         while True:
             message = intake.take(wait=False)  # on the engine's own thread: no gate in between
             if message is not None:
+                self._bell.ring()  # there may be more, of which the socket will not tell again
                 return message
             if intake.closed is not None:
                 if isinstance(intake.closed, ForkedProcess):
@@ -99,21 +114,32 @@ class AsyncSubscription:
                 self._bell.waiting.discard(future)
                 if timer is not None:
                     timer.cancel()
+            self._rest_at = now() + SHIFT
 
-    async def _open(self) -> Intake:
+    async def _open(self, timeout: float | None = None) -> Intake | None:
+        """Have it registered. None: not within `timeout`, or closed meanwhile. Goes on when its caller is cancelled."""
+        if self._closed:
+            raise NodeClosed("the subscription is closed")
         if self._opening is None:
-            self._opening = asyncio.get_running_loop().create_task(self._register())
+            self._opening = self._node._home().create_task(self._register())
             self._opening.add_done_callback(lambda task: task.cancelled() or task.exception())  # not to be reported
-        await asyncio.shield(self._opening)
-        assert self._intake is not None
-        return self._intake
+        done, _ = await asyncio.wait([self._opening], timeout=timeout)
+        return self._opening.result() if done and not self._closed else None
 
-    async def _register(self) -> None:
+    async def _register(self) -> Intake:
         patterns, value_type, history, on_gap, observe = self._asked
-        self._intake = await self._node._ready().subscribe(
+        intake = await self._node._at_home().subscribe(
             patterns, value_type=value_type, history=history, on_gap=on_gap, observe=observe, wake=self._bell.ring
         )
-        self._bell.watch(self._intake)
+        self._intake = intake
+        if intake.closed is None:
+            self._bell.watch(intake)
+        return intake
+
+    async def _opened(self) -> AsyncSubscription:
+        if await self._open() is None:
+            raise NodeClosed("the subscription was closed while it was opened")
+        return self
 
     @property
     def lost(self) -> int:
@@ -137,22 +163,24 @@ class AsyncSubscription:
 
     async def close(self) -> None:
         """Stop receiving. Messages that were received but not consumed are dropped. May be called twice."""
-        if self._opening is not None:
-            intake = await self._open()
-            if intake.closed is None:
-                await self._node._engine.unsubscribe(intake)
+        self._closed = True
+        if self._intake is not None:
+            if self._intake.closed is None:
+                self._node._home()
+                self._node._engine.dispose(self._intake)
+        elif self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
 
     def __del__(self) -> None:
         if self._intake is not None and self._intake.closed is None:  # `async for …`, left by break
             self._node._engine.soon(self._node._engine.dispose, self._intake)
 
-    def __await__(self) -> Generator[Any, None, AsyncSubscription]:
-        yield from self._open().__await__()
-        return self
+    def __await__(self) -> Generator[Any, Any, AsyncSubscription]:
+        return self._opened().__await__()
 
     async def __aenter__(self) -> AsyncSubscription:
-        await self._open()
-        return self
+        return await self._opened()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -210,54 +238,6 @@ class AsyncPublisher:
         return seq
 
 
-class AsyncEventStream:
-    """The events of one node from the call of `events()` on: `async for event in node.events()`.
-
-    Bounded: of more than 10,000 unread events the oldest are dropped, and counted in `dropped`.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.dropped = 0
-        self._engine = engine
-        self._events: deque[Event] = deque()
-        self._changed = asyncio.Event()
-        self._closed = False
-
-    def put(self, event: Event) -> None:
-        """Called by the node."""
-        self._events.append(event)
-        if len(self._events) > EVENTS_MAX:
-            self._events.popleft()
-            self.dropped += 1
-        self._changed.set()
-
-    async def get(self, timeout: float | None = None) -> Event | None:
-        """The next event; None when `timeout` seconds have passed, or the stream or its node is closed."""
-        try:
-            async with asyncio.timeout(timeout):
-                while not self._events and not self._closed:
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            pass
-        return self._events.popleft() if self._events else None
-
-    def close(self) -> None:
-        """End the stream; what is in it already can still be read."""
-        self._engine.forget_listener(self)
-        self._closed = True
-        self._changed.set()
-
-    def __aiter__(self) -> AsyncEventStream:
-        return self
-
-    async def __anext__(self) -> Event:
-        event = await self.get()
-        if event is None:
-            raise StopAsyncIteration
-        return event
-
-
 class AsyncNode:
     """`Node` for asyncio: `async with AsyncNode("web1") as node: await node.publish("logs.web1", "…")`.
 
@@ -280,10 +260,18 @@ class AsyncNode:
         self._crowded: list[None] = []
         self._publishers: dict[str, Publisher] = {}
         self._opened: Engine | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def open(self) -> AsyncNode:
-        """Bind, and begin to look for others."""
-        loop = asyncio.get_running_loop()
+        """Bind, and begin to look for others. Of a node that is open: nothing.
+
+        Raises:
+            NodeClosed: it was closed; make a new one.
+        """
+        if self._opened is not None:
+            self._ready()
+            return self
+        loop = self._loop = asyncio.get_running_loop()
 
         def in_turns() -> None:
             loop.call_soon(self._turn)
@@ -291,6 +279,9 @@ class AsyncNode:
         engine = Engine(self._config, loop, in_turns)
         await engine.open()
         self._opened = engine
+        self._guard = _guard(engine)
+        await anext(self._guard)
+        _nodes[engine] = self._guard
         self._crowded = engine.outlet.crowded
         self._publishers = engine.outlet.publishers
         return self
@@ -307,14 +298,28 @@ class AsyncNode:
             raise engine.refusal
         return engine
 
+    def _at_home(self) -> Engine:
+        """Ready, and on the node's own loop."""
+        engine = self._ready()
+        self._home()
+        return engine
+
+    def _home(self) -> asyncio.AbstractEventLoop:
+        """The running loop, which is the node's."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop and self._loop is not None:
+            raise WrongLoop(self.name)
+        return loop
+
     def _turn(self) -> None:
         """Once per turn of the loop in which something was published."""
         self._engine.outlet.flush_all()
 
-    async def _give_way(self) -> None:
+    async def _give_way(self, timeout: float = inf) -> None:
         """Let the loop do its other work; wait while a subscriber is full, within the publisher's patience."""
+        deadline = now() + timeout
         await asyncio.sleep(0)
-        while not self._engine.outlet.push():
+        while not self._engine.outlet.push() and now() < deadline:
             await asyncio.sleep(TICK)
 
     # --- publish ---------------------------------------------------------------------------------
@@ -324,7 +329,7 @@ class AsyncNode:
         try:
             publisher = self._publishers[topic]
         except KeyError:
-            publisher = self._ready().outlet.publisher(topic)
+            publisher = self._at_home().outlet.publisher(topic)
         kind = type(value)
         # As in `Node.publish`.
         if headers is None and kind is bytes and len(value) <= SMALL and publisher.full:  # type: ignore[arg-type]
@@ -345,8 +350,8 @@ class AsyncNode:
 
     async def flush(self, timeout: float | None = None) -> None:
         """See `Node.flush`."""
-        self._ready().outlet.flush_all()
-        await self._give_way()
+        self._at_home().outlet.flush_all()
+        await self._give_way(inf if timeout is None else timeout)
 
     # --- subscribe -------------------------------------------------------------------------------
 
@@ -384,33 +389,39 @@ class AsyncNode:
 
     async def wait_for_peers(self, n: int = 1, timeout: float | None = None) -> list[Peer]:
         """See `Node.wait_for_peers`."""
-        return await self._ready().wait_for_peers(n, timeout)
+        return await self._at_home().wait_for_peers(n, timeout)
 
     async def wait_for_subscribers(
         self, topic: str, n: int = 1, timeout: float | None = None, *, observers: bool = False
     ) -> int:
         """See `Node.wait_for_subscribers`."""
-        return await self._ready().wait_for_subscribers(topic, n, timeout, observers)
+        return await self._at_home().wait_for_subscribers(topic, n, timeout, observers)
 
     async def topics(self, *patterns: str, timeout: float = 2.0) -> list[TopicInfo]:
         """See `Node.topics`."""
-        return await self._ready().topics(patterns, timeout)
+        return await self._at_home().topics(patterns, timeout)
 
     def events(self) -> AsyncEventStream:
         """What happens from now on: PeerJoined, PeerLeft, DuplicateName, Gap, Warned."""
-        stream = AsyncEventStream(self._ready())
+        stream = AsyncEventStream(self._ready().forget_listener)
         self._engine.add_listener(stream)
         return stream
 
     def statistics(self) -> dict[str, int | float]:
         """Counters since start, by name. Does not wait."""
-        return self._engine.counters()
+        return self._ready().counters()
 
     # --- the end ---------------------------------------------------------------------------------
 
     async def close(self, timeout: float = CLOSE_TIMEOUT) -> list[Undelivered]:
         """See `Node.close`."""
-        return [] if self._opened is None else await self._opened.close(timeout)
+        if self._opened is None or self._opened.refusal is not None:
+            return []
+        engine = self._at_home()
+        try:
+            return await engine.close(timeout)
+        finally:
+            await self._guard.aclose()
 
     async def __aenter__(self) -> AsyncNode:
         return await self.open()
@@ -423,6 +434,30 @@ class AsyncNode:
     def __repr__(self) -> str:
         state = "not open" if self._opened is None else "closed" if self._opened.refusal else "open"
         return f"<AsyncNode {self.name} on bus {self._config.bus}: {state}>"
+
+
+_nodes: dict[Engine, AsyncGenerator[None, None]] = {}
+"""Those that are open, with what asyncio.run closes before it closes their loop."""
+
+
+async def _guard(engine: Engine) -> AsyncGenerator[None, None]:
+    """Closes a node that nobody has closed. Its sockets, if left to the garbage collector, might block it for ever."""
+    try:
+        yield
+    finally:
+        _nodes.pop(engine, None)
+        if engine.refusal is None:
+            await engine.close(0.0)
+            warnings.warn(f"node {engine.config.name!r} was not closed", ResourceWarning, stacklevel=2, source=engine)
+
+
+def _after_fork() -> None:
+    """In a forked child: the sockets belong to the parent."""
+    for engine in _nodes:
+        engine.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _finish(future: asyncio.Future[None]) -> None:

@@ -147,16 +147,17 @@ class Engine:
         outlet.refuse(self.refusal)
         outlet.flush_all()
         deadline = now() + timeout
-        while not outlet.push() and now() < deadline:
-            await asyncio.sleep(TICK)
-        late = await self.peering.registry.leave(max(0.0, deadline - now()))
-        undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
-        for intake in list(self.intakes.values()):
-            intake.close(self.refusal)
-        await self._shut()
-        for listener in self._listeners.present:
-            listener.close()
-        return undelivered
+        try:
+            while not outlet.push() and now() < deadline:
+                await asyncio.sleep(TICK)
+            late = await self.peering.registry.leave(max(0.0, deadline - now()))
+            return [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
+        finally:  # also if whoever waits for it is cancelled
+            for intake in list(self.intakes.values()):
+                intake.close(self.refusal)
+            await self._shut()
+            for listener in self._listeners.present:
+                listener.close()
 
     async def _shut(self) -> None:
         """Close whatever is open."""
@@ -261,7 +262,12 @@ class Engine:
         intake.feed.connect(self._own_pubs[observe])
         intake.heads(self.origin, self.heads(intake.patterns), more=False)
         self.peering.connect(intake)
-        if not await registry.until(lambda: not registry.unregistered(intake), REGISTER_TIMEOUT):
+        try:
+            registered = await registry.until(lambda: not registry.unregistered(intake), REGISTER_TIMEOUT)
+        except BaseException:  # nobody will read it
+            self.dispose(intake)
+            raise
+        if not registered:
             late = registry.unregistered(intake)
             names = ", ".join(peer.name for peer in self.peering.peers() if peer.origin in late)
             self.emit(Warned(f"no answer to SUBSCRIBE {' '.join(patterns[:5])} within {REGISTER_TIMEOUT:g} s: {names}"))

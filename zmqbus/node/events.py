@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from threading import Condition, Lock
@@ -145,3 +146,59 @@ class EventStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class AsyncEventStream:
+    """The events of one node from the call of `events()` on: `async for event in node.events()`.
+
+    Bounded: of more than 10,000 unread events the oldest are dropped, and counted in `dropped`.
+    """
+
+    def __init__(self, on_close: Callable[[AsyncEventStream], None]) -> None:
+        self.dropped = 0
+        self._on_close = on_close
+        self._events: deque[Event] = deque()
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    def put(self, event: Event) -> None:
+        """Called by the node."""
+        self._events.append(event)
+        if len(self._events) > EVENTS_MAX:
+            self._events.popleft()
+            self.dropped += 1
+        self._changed.set()
+
+    async def get(self, timeout: float | None = None) -> Event | None:
+        """The next event; None when `timeout` seconds have passed, or the stream or its node is closed."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._events and not self._closed:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+        return self._events.popleft() if self._events else None
+
+    def close(self) -> None:
+        """End the stream; what is in it already can still be read."""
+        self._on_close(self)
+        self._closed = True
+        self._changed.set()
+
+    async def __aenter__(self) -> AsyncEventStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __aiter__(self) -> AsyncEventStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await self.get()
+        if event is None:
+            raise StopAsyncIteration
+        return event

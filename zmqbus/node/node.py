@@ -312,6 +312,8 @@ class Node:
 
     def events(self) -> EventStream:
         """What happens from now on: PeerJoined, PeerLeft, DuplicateName, Gap, Warned."""
+        if self._engine.refusal is not None:
+            raise self._engine.refusal
         stream = EventStream(self._engine.forget_listener)
         self._engine.add_listener(stream)
         return stream

@@ -14,6 +14,7 @@ from zmqbus.node.publishing.publisher import EAGER, GATHER, TICK, TURN, Publishe
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.protocol import frames
 from zmqbus.protocol.history import Fetched, History, fetch
+from zmqbus.protocol.ring import BATCH_MESSAGES_MAX, ROOM_MIN
 from zmqbus.protocol.topics import Matcher, encode_topic
 
 BURST = 32  # sends within BURST_NS that make a burst
@@ -55,6 +56,8 @@ class Outlet:
         self.messages = self.frames = self.bytes = 0
         self.crowded: list[None] = []
         """asyncio: not empty when publishers should let the loop have its turn."""
+        self.share = BATCH_MESSAGES_MAX
+        """asyncio: what each of the streams that gather may gather, so that it is not too much for one turn."""
         self._start_ticking = start_ticking
         self._in_turns = in_turns
         self._gathering: list[Publisher] = []
@@ -87,6 +90,7 @@ class Outlet:
         """A stream gathers: to be flushed by the next tick, or at the end of this turn."""
         self._gathering.append(publisher)
         if self._in_turns is not None:
+            self.share = max(ROOM_MIN, 2 * TURN_MESSAGES_MAX // len(self._gathering))
             if len(self._gathering) == 1:
                 self._in_turns()
             elif len(self._gathering) >= TURN_MESSAGES_MAX:

@@ -51,6 +51,7 @@ class Streams(Protocol):
     history: History
     broadcast: Broadcast
     backlog: deque[tuple[bytes, ...]]
+    share: int
 
     def expect(self, publisher: Publisher) -> None:
         """It gathers: to be flushed by the next tick, or at the end of this turn."""
@@ -218,7 +219,7 @@ class Publisher(Ring):
     def _put(self, seq: int, item: bytes | str | Raw, size: int) -> None:
         """Fill a slot under the lock, and send it or see to it that it will be sent."""
         out = self._out
-        if seq > self.sent + self.room:
+        if seq >= (self.full or self.sent + 1 + self.room):
             self._flush(self.full)
         while seq > self.sent + self.room:  # another thread has drawn a seq, and not got round to filling its slot
             out.lock.release()
@@ -230,8 +231,8 @@ class Publisher(Ring):
         if out.pace == EAGER or out.refusal is not None or self._externals or self._size >= BATCH_BYTES_MAX:
             self._flush()
         elif not self.full:
-            self.full = self.sent + 1 + self.room
             out.expect(self)
+            self.full = self.sent + 1 + min(self.room, out.share)
 
     def flush_to(self, end: int) -> None:
         """A message before `end` was stored: a batch is full, or the tick that was to flush it has passed."""
@@ -250,6 +251,7 @@ class Publisher(Ring):
 
     def _flush(self, end: int = 0) -> None:
         """Send what is stored: before `end`, if that is thought to be all there; or else up to the first empty slot."""
+        out = self._out
         first = self.sent + 1
         if self._headers or self._externals:
             end = self.end()
@@ -267,10 +269,10 @@ class Publisher(Ring):
         if end > first:
             self._size = 0
             self.clear(first, end)
-            if end == self.full and self.room < BATCH_MESSAGES_MAX:
+            if end == self.full == first + self.room and self.room < BATCH_MESSAGES_MAX:
                 self.grow()  # no slot is being filled now: all below `full` is sent, and others wait for the lock
         if self.full:
-            self.full = end + self.room
+            self.full = end + min(self.room, out.share)
 
     def _send_mixed(self, first: int, values: list[Any]) -> None:
         """What is too large goes by itself."""

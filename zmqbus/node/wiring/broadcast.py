@@ -84,7 +84,8 @@ class Broadcast:
         self._tap.get(EVENTS)
 
     def close(self, linger_ms: int) -> None:
-        """Close the socket; what it holds is still sent for `linger_ms`."""
+        """Close the socket; what it holds is still sent for `linger_ms`, what waits for it is not."""
+        self.backlog.clear()
         self._socket.close(linger_ms)
         self._tap.close(0)
 
