@@ -237,11 +237,11 @@ def test_a_node_with_another_key_is_refused_and_both_are_told(
         a, b, c = nodes.values()
         inbox = a.open("a", bus=bus, key=key)["endpoints"]["inbox"]
         c.open("c", bus=bus, key=str(other_key), discovery=discovery, peers=[inbox])
-        (warned,) = wait_until(lambda: c.events("c", "Warned"))  # one, not one at every attempt
+        (warned,) = wait_until(lambda: c.events("c", "KeyMismatch"))  # one, not one at every attempt
         assert inbox in warned["reason"]
         assert "key" in warned["reason"]
         if discovery == "mdns":
-            wait_until(lambda: [event for event in a.events("a", "Warned") if "key" in event["reason"]])
+            wait_until(lambda: [event for event in a.events("a", "KeyMismatch") if "key" in event["reason"]])
         b.open("b", bus=bus, key=key)
         meet({"a": a, "b": b})
         assert c.peers("c") == set()

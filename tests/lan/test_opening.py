@@ -18,7 +18,8 @@ from tests.lan.agents import Agents, wait_until
 from zmqbus import AsyncNode, AuthError, BusKey, Node, PeerLeft, Warned
 from zmqbus.net import zap
 from zmqbus.node import engine, events
-from zmqbus.node.peers import peering, registry
+from zmqbus.node.peers import hearing, registry
+from zmqbus.node.wiring.links import Link
 from zmqbus.protocol import commands, tracking
 
 # --- the self-test: a node that lets strangers in does not open ----------------------------------
@@ -69,8 +70,8 @@ def test_a_node_whose_handler_admits_everybody_does_not_open(
 
 
 @both_faces
-@pytest.mark.parametrize("role", ["inbox", "pub"])
-def test_each_of_its_two_sockets_is_tested(
+@pytest.mark.parametrize("role", ["inbox", "pub", "tap"])
+def test_each_of_its_sockets_is_tested(
     opening: Callable[..., None], role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verdict = zap._verdict
@@ -82,7 +83,7 @@ def test_each_of_its_two_sockets_is_tested(
 
     monkeypatch.setattr(zap, "_verdict", lenient)
     refuses(opening, "a stranger without a key was let in")
-    assert sorted(tested) == sorted(2 * 3 * ["inbox", "pub"])
+    assert sorted(tested) == sorted(2 * 3 * ["inbox", "pub", "tap"])
 
 
 # --- warnings of the start -----------------------------------------------------------------------
@@ -160,13 +161,13 @@ def test_one_broken_handshake_is_no_verdict_and_a_series_is(bus: str, closing: b
 
 def test_the_first_message_does_not_wait_for_its_stream_to_fall_idle(bus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Registered, a subscriber is owed what is published, also while its SUB is still being connected."""
-    connect = peering.Peering._connect_to_pub
+    attach = hearing.Hearing.attach
 
-    def slowly(self: peering.Peering, origin: int, pub: str) -> None:
-        self._loop.call_later(0.5, connect, self, origin, pub)
+    def slowly(self: hearing.Hearing, origin: int, link: Link) -> None:
+        asyncio.get_running_loop().call_later(0.5, attach, self, origin, link)
 
     with Node("resident", bus=bus) as resident, resident.subscribe("hello") as subscription:
-        monkeypatch.setattr(peering.Peering, "_connect_to_pub", slowly)
+        monkeypatch.setattr(hearing.Hearing, "attach", slowly)
         monkeypatch.setattr(engine, "IDLE_PERIOD", 60.0)  # no HEAD by itself
         monkeypatch.setattr(tracking, "SOFT_DELAY", 60.0)  # and HEADS are not believed at once
         with Node("newcomer", bus=bus) as newcomer:

@@ -385,7 +385,7 @@ def test_a_cancelled_subscribe_leaves_nothing_behind(bus: str) -> None:
             del task
             gc.collect()
             await eventually(lambda: b.statistics()["subscriptions"] == 0)
-            await eventually(lambda: not a._engine.peering.registry.subscribers("t"))
+            await eventually(lambda: not a._engine.peering.registry.subscribers("t", True))
 
     run(main())
 

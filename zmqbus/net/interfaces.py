@@ -5,6 +5,7 @@ Reads the kernel's list of interfaces; opens no connection and changes nothing. 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import socket
 import struct
@@ -21,6 +22,7 @@ from zmqbus.errors import SetupError
 # From linux/sockios.h and linux/if.h; other systems number them differently and are not asked.
 _SIOCGIFFLAGS = 0x8913
 _UP = 0x01 | 0x40  # IFF_UP, switched on; IFF_RUNNING, has a carrier: the cable is in, the access point joined
+_LINK_OR_ADDRESS = 0x01 | 0x10  # RTMGRP_LINK | RTMGRP_IPV4_IFADDR of linux/rtnetlink.h
 _IFREQ = struct.Struct("16sH22x")  # struct ifreq: the name, the flags, the rest of its union
 
 ALONE = "no interface but loopback is up, so that only nodes on this machine can be reached until one is"
@@ -130,6 +132,45 @@ class AddressWatch:
             return None
         self.local = current
         return self.addresses
+
+
+class NetworkNews:
+    """A descriptor that is readable when an interface or an address of this machine may have changed; rtnetlink(7).
+
+    To poll every second or two instead would cost more than it seems: beside a thread that computes, each of the
+    hundred small calls that list the addresses waits for the interpreter's lock, 5 ms a time.
+    """
+
+    def __init__(self) -> None:
+        """Raises OSError where the system has nothing of the kind."""
+        if sys.platform != "linux":
+            raise OSError("rtnetlink is Linux's")
+        self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        self._netlink.setblocking(False)
+        try:
+            self._netlink.bind((0, _LINK_OR_ADDRESS))
+        except OSError:
+            self._netlink.close()
+            raise
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._netlink.fileno()
+
+    def clear(self) -> None:
+        """Take in what there is; it is not looked at. Then poll."""
+        while True:
+            try:
+                self._netlink.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # more happened than fits: news all the same
+                    raise
+
+    def close(self) -> None:
+        """Let go of the descriptor."""
+        self._netlink.close()
 
 
 def best_candidate(candidates: Sequence[str], local: Sequence[Address]) -> list[str]:

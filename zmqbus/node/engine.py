@@ -138,6 +138,11 @@ class Engine:
         self._heartbeat()
         self._announce_idle()
 
+    def refuse(self) -> None:
+        """Nothing can be published any more. Any thread."""
+        if hasattr(self, "outlet"):
+            self.outlet.refuse(NodeClosed(f"node {self.config.name!r} is closed"))
+
     async def close(self, timeout: float) -> list[Undelivered]:
         """Leave: drain for at most `timeout` seconds, then close everything."""
         if self.refusal is not None:

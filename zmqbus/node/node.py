@@ -338,6 +338,8 @@ class Node:
     def _stop(self, timeout: float) -> list[Undelivered]:
         undelivered: list[Undelivered] = []
         if self._thread.is_alive():
+            # Here and now: threads that publish without end hardly let the engine's thread have its turn.
+            self._engine.refuse()
             future = asyncio.run_coroutine_threadsafe(self._engine.close(timeout), self._loop)
             try:
                 undelivered = future.result(timeout + 5)

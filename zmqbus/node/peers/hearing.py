@@ -41,7 +41,7 @@ class Hearing:
         self._watch = FdWatch(loop, self._control, self._drain)
         self._heartbeats = Feed(factory, loop, self._control, Gate(self._watch.check), lambda: None)
 
-    def connect(self, intake: Intake) -> None:
+    def lead(self, intake: Intake) -> None:
         """Connect a new subscription to every publisher."""
         for pubs in self._pubs.values():
             intake.feed.connect(pubs[intake.observes])

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from zmqbus.errors import AuthError, RemoteProtocolError, SetupError
 from zmqbus.net.clock import now
 from zmqbus.net.discovery import Discovery, Found, Warnings, to_dial
-from zmqbus.net.interfaces import AddressWatch
+from zmqbus.net.interfaces import AddressWatch, NetworkNews
 from zmqbus.net.sockets import Role, SocketFactory, parse_endpoint
 from zmqbus.node.events import Event, KeyMismatch, Warned
 from zmqbus.node.intake import Intake
@@ -41,7 +41,8 @@ from zmqbus.protocol.peers import (
 HELLO_TIMEOUT = 10.0
 STALLED, CATCH_UP = 1.0, 0.25  # so late a timer means that nothing ran; then read what has arrived, first
 GUESTS_MAX = 8192  # who said HELLO: peers, and clients that only ask; the oldest has to say it again
-ADDRESS_POLL = 2.0
+ADDRESS_POLL = 2.0  # where the system does not tell of changes
+STIRRED = 0.05  # changes come in groups: a link goes up, then gets its address
 REFRESH_MIN, REFRESH_MAX = 30.0, 60.0  # how often to announce and browse anew
 REFRESH_SOON = 2.0  # after a peer fell silent
 
@@ -97,6 +98,8 @@ class Peering:
         self._warnings = Warnings(lambda reason: host.emit(Warned(reason)))
         self._mismatches = Warnings(lambda reason: host.emit(KeyMismatch(reason)))
         self._refresh_at = 0.0
+        self._news: NetworkNews | None = None
+        self._poll_soon: asyncio.TimerHandle | None = None
         self._addresses = AddressWatch(interface)
         self._discovery: Discovery | None = None
         if mdns:
@@ -118,10 +121,16 @@ class Peering:
         self.inbox = self.registry.inbox = inbox
         if self._discovery is not None:
             self._spawn(self._discovery.start())
-            self._refresh_at = now() + random.uniform(REFRESH_MIN, REFRESH_MAX)
+        self._refresh_at = now() + random.uniform(REFRESH_MIN, REFRESH_MAX)
         self._perform(self._membership.tick(now()))
         self._tell_trouble()
-        self._every(ADDRESS_POLL, self._poll_addresses)
+        try:
+            self._news = NetworkNews()
+        except OSError:
+            self._every(ADDRESS_POLL, self._poll_addresses)
+        else:
+            self._loop.add_reader(self._news.fileno(), self._network_stirs)
+        self._every(ADDRESS_POLL, self._refresh)
         self._every(ASK_AGAIN, self.registry.ask_again)
 
     @property
@@ -132,7 +141,7 @@ class Peering:
 
     def connect(self, intake: Intake) -> None:
         """Connect a new subscription to every publisher, and have it registered there."""
-        self._hearing.connect(intake)
+        self._hearing.lead(intake)
         self.registry.declare(intake)
 
     # --- questions -------------------------------------------------------------------------------
@@ -336,7 +345,7 @@ class Peering:
         from_here = body.host == self._who["host"] and all(inbox.startswith("tcp://127.") for inbox in body.inbox)
         if from_here or not self._addresses.is_behind:
             return False
-        self._timers.append(self._loop.call_later(0, self._poll_addresses))
+        self._network_stirs(0.0)
         return True
 
     def _hints(self, body: Hello) -> None:
@@ -395,7 +404,15 @@ class Peering:
 
     # --- the network under us --------------------------------------------------------------------
 
+    def _network_stirs(self, delay: float = STIRRED) -> None:
+        """An interface or address has changed, and more of it may be about to."""
+        if self._news is not None:
+            self._news.clear()
+        if self._poll_soon is None:
+            self._poll_soon = self._loop.call_later(delay, self._poll_addresses)
+
     def _poll_addresses(self) -> None:
+        self._poll_soon = None
         before = set(self._addresses.addresses)
         addresses = self._addresses.poll()
         if addresses is not None:
@@ -406,9 +423,14 @@ class Peering:
                 self._hearing.reattach()
             for link in list(self._dialled.values()):  # say where we are now, over fresh connections
                 self._dial(link.endpoint)
-        elif self._discovery is not None and now() >= self._refresh_at:
+
+    def _refresh(self) -> None:
+        """Now and then: announce and browse anew, and see whether news of the network were missed."""
+        if now() >= self._refresh_at:
             self._refresh_at = now() + random.uniform(REFRESH_MIN, REFRESH_MAX)
-            self._spawn(self._discovery.refresh())
+            self._poll_addresses()
+            if self._discovery is not None:
+                self._spawn(self._discovery.refresh())
 
     def _tell_trouble(self) -> None:
         if (trouble := self._addresses.trouble) is not None:
@@ -435,9 +457,12 @@ class Peering:
 
     async def close(self) -> None:
         """Let go of everything."""
-        for timer in (*self._timers, self._timer):
+        for timer in (*self._timers, self._timer, self._poll_soon):
             if timer is not None:
                 timer.cancel()
+        if self._news is not None:
+            self._loop.remove_reader(self._news.fileno())
+            self._news.close()
         if self._discovery is not None:
             await self._discovery.close()
         for task in list(self._tasks):

@@ -271,8 +271,8 @@ class Publisher(Ring):
             self.clear(first, end)
             if end == self.full == first + self.room and self.room < BATCH_MESSAGES_MAX:
                 self.grow()  # no slot is being filled now: all below `full` is sent, and others wait for the lock
-        if self.full:
-            self.full = end + min(self.room, out.share)
+        if self.full:  # nothing gathers any more when the node is closing: so a thread that publishes on is told
+            self.full = end + min(self.room, out.share) if out.refusal is None else 0
 
     def _send_mixed(self, first: int, values: list[Any]) -> None:
         """What is too large goes by itself."""
