@@ -333,7 +333,7 @@ class AsyncNode:
         kind = type(value)
         # As in `Node.publish`.
         if headers is None and kind is bytes and len(value) <= SMALL and publisher.full:  # type: ignore[arg-type]
-            seq = publisher.draw()
+            seq = next(publisher.seqs)
             if seq < publisher.full:
                 publisher.ring[seq & publisher.mask] = value
             else:

@@ -83,11 +83,11 @@ class Publisher(Ring):
         "_out",
         "_quiet",
         "_size",
-        "draw",
         "entries",
         "full",
         "prefix",
         "sent_bytes",
+        "seqs",
         "topic",
     )
 
@@ -98,7 +98,7 @@ class Publisher(Ring):
         self.entries: deque[Entry] = deque()  # this stream's part of the history
         self.sent_bytes = 0
         self._out = out
-        self.draw = count(1).__next__
+        self.seqs = count(1)  # gives no seq twice, whoever draws
         self.full = 0  # while messages gather, to be flushed by a tick or turn: the first seq too many. Else 0
         self._headers: dict[int, Raw] = {}
         self._externals: dict[int, tuple[int, bytes]] = {}  # too large to be packed with others: flags, payload
@@ -120,9 +120,10 @@ class Publisher(Ring):
         if kind is bytes or (kind is str and value.isascii()):  # type: ignore[attr-defined]
             item: Any = value
             size = len(item)
-            if size <= SMALL and self.full:  # the most frequent case; `Node.publish` repeats it
-                seq = self.draw()
-                if seq >= self.full:
+            full = self.full
+            if full and size <= SMALL:  # the most frequent case; `Node.publish` repeats it
+                seq = next(self.seqs)
+                if seq >= full:
                     return self.send_late(seq, item, size)
                 self.ring[seq & self.mask] = item
                 if not self.full:
@@ -136,7 +137,7 @@ class Publisher(Ring):
             return self._send_large(value, None)
         if not self.full:
             return self._send(item, size)
-        seq = self.draw()
+        seq = next(self.seqs)
         if seq >= self.full:
             return self.send_late(seq, item, size)
         self.ring[seq & self.mask] = item
@@ -161,7 +162,7 @@ class Publisher(Ring):
         with out.lock:
             if out.refusal is not None:
                 raise out.refusal
-            seq = self.draw()
+            seq = next(self.seqs)
             if out.pace == EAGER and seq == self.sent + 1:
                 time = time_ns()
                 header = frames.HEADER.pack(frames.VERSION, frames.DATA, 0, 1, out.origin, seq, time)
@@ -201,7 +202,7 @@ class Publisher(Ring):
         with out.lock:
             if out.refusal is not None:
                 raise out.refusal
-            seq = self.draw()
+            seq = next(self.seqs)
             if size < EXTERNAL_BYTES_MIN:
                 self._headers[seq] = Raw(packed_headers)
             elif raw:
