@@ -92,7 +92,7 @@ class AsyncSubscription:
             await asyncio.sleep(0)
             self._rest_at = now() + SHIFT
         while True:
-            message = intake.take(wait=False)  # on the engine's own thread: no gate in between
+            message = intake.take(0)  # on the engine's own thread: no gate in between
             if message is not None:
                 self._bell.ring()  # there may be more, of which the socket will not tell again
                 return message

@@ -71,6 +71,7 @@ class Intake:
         self.patterns = list(patterns)
         self.feed = feed
         self.socket = feed.socket
+        self._recv = self.socket.recv
         self.gate = feed.gate
         self.items: Iterator[Message] = iter(())
         """Messages decoded and not yet consumed; may be advanced outside the gate."""
@@ -155,10 +156,10 @@ class Intake:
 
     # --- the consumer's side ---------------------------------------------------------------------
 
-    def take(self, *, wait: bool, until: float | None = None) -> Message | None:
+    def take(self, patience_ms: int) -> Message | None:
         """The next message; the others of its batch are `items` then. Inside the gate.
 
-        None: there is none now. With `wait`, not before `until`, unless the engine wants in: then look again.
+        None: none came within `patience_ms` (0: does not wait, -1: no limit), or the engine wants in; then look again.
 
         Raises:
             GapError: messages are lost, and the subscription is to raise then.
@@ -171,7 +172,7 @@ class Intake:
             return None
         tracker = self.tracker
         streams = tracker.streams
-        recv = self.socket.recv
+        gate = self.gate
         while True:
             if self._inbox:
                 self._work()
@@ -179,20 +180,33 @@ class Intake:
                 if (message := self._take_ready()) is not None:
                     return message
                 continue
-            still = wait and not (tracker.unsettled or self._leaving or self._afterwards)
             try:
-                frame: bytes = self._sleep(until) if still else recv(NOBLOCK)
+                # While no stream has a hole and nobody waits for an empty socket, it does not matter when it is that.
+                if not patience_ms or tracker.unsettled or self._leaving or self._afterwards:
+                    frame: bytes = self._recv(NOBLOCK)
+                else:
+                    if patience_ms != self._patience_ms:
+                        self.socket.set(RCVTIMEO, patience_ms)
+                        self._patience_ms = patience_ms
+                    gate.asleep = True  # before looking whether anybody wants anything: who comes later wakes us
+                    try:
+                        if gate.wanted or self._inbox:
+                            return None
+                        frame = self._recv()
+                    finally:
+                        gate.asleep = False
             except Again:
-                if still:
-                    return None
                 if self._drained():
                     continue
-                if not wait:
+                if not patience_ms:
                     return None
-                try:
-                    frame = self._sleep(until, self.timer())
-                except Again:
+                left_ms, due = patience_ms, self.timer()
+                if due is not None:
+                    due_ms = max(0, ceil((due - now()) * 1000))
+                    left_ms = due_ms if left_ms < 0 else min(left_ms, due_ms)
+                if (slept := self._doze(left_ms)) is None:
                     return None
+                frame = slept
             if frame.startswith(self._head) and len(frame) > self._body:  # the same stream as before, nearly always
                 stream = self._stream
                 size, origin, first, time_ns = ORDER.unpack_from(frame, self._body - ORDER.size)
@@ -230,21 +244,17 @@ class Intake:
                 self._drop_parts()
                 self._driver.garbage(error)
 
-    def _sleep(self, *until: float | None) -> bytes:
-        """Wait in the socket. Raises Again at the first of these times, or when the engine wants something."""
-        due = min((time for time in until if time is not None), default=None)
-        patience_ms = -1 if due is None else max(0, ceil((due - now()) * 1000))
-        if patience_ms != self._patience_ms:
-            self.socket.set(RCVTIMEO, patience_ms)
-            self._patience_ms = patience_ms
-        gate = self.gate
-        gate.asleep = True
+    def _doze(self, patience_ms: int) -> bytes | None:
+        """Wait in the socket, but not longer than until something has to be done even if nothing arrives."""
+        self.socket.set(RCVTIMEO, patience_ms)
+        self._patience_ms = patience_ms
+        self.gate.asleep = True
         try:
-            if gate.wanted or self._inbox:
-                raise Again
-            return self.socket.recv()
+            return None if self.gate.wanted or self._inbox else self._recv()
+        except Again:
+            return None
         finally:
-            gate.asleep = False
+            self.gate.asleep = False
 
     def calm(self) -> None:
         """Take back the FD's signal when nobody reads the socket now: a loop would spin on it."""

@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections.abc import Coroutine, Iterator, Sequence
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -62,7 +62,7 @@ class Subscription:
             return message
         if self._intake.closed is not None:
             raise self._intake.closed
-        return self._take(None if timeout is None else now() + timeout)
+        return self._take(timeout)
 
     def __iter__(self) -> Iterator[Message]:
         intake = self._intake
@@ -79,26 +79,34 @@ class Subscription:
             raise StopIteration
         return message
 
-    def _take(self, until: float | None) -> Message | None:
-        """Wait for a message. None: that time has come, or the subscription is closed."""
+    def _take(self, timeout: float | None) -> Message | None:
+        """Wait for a message. None: the time is over, or the subscription is closed.
+
+        The less is done here the better: on its way to sleep this thread may keep the processor from the one that
+        sends what it is going to wait for.
+        """
         intake = self._intake
+        until = None if timeout is None else now() + timeout
+        patience_ms = -1 if timeout is None else ceil(timeout * 1000)
         while True:
-            wait = until is None or now() < until
             gate = intake.gate
-            if not gate.enter(until):
+            if (gate.wanted or not gate.lock.acquire(False)) and not gate.enter(until):
                 return None
             try:
-                message = intake.take(wait=wait, until=until)
+                message = intake.take(patience_ms)
             finally:
-                gate.leave()
+                gate.lock.release()
             if message is not None:
                 return message
             if intake.closed is not None:
                 if isinstance(intake.closed, ForkedProcess):
                     raise intake.closed
                 return None
-            if not wait:
-                return None
+            if until is not None:
+                left = until - now()
+                if left <= 0:
+                    return None
+                patience_ms = ceil(left * 1000)
 
     @property
     def lost(self) -> int:

@@ -166,9 +166,9 @@ class Publisher(Ring):
             if out.pace == EAGER and seq == self.sent + 1:
                 time = time_ns()
                 header = frames.HEADER.pack(frames.VERSION, frames.DATA, 0, 1, out.origin, seq, time)
-                frame = self.prefix + header + encode_values((item,))
-                out.broadcast.send((frame,))
-                self._transmitted((frame,), len(frame), 1, time)
+                parts = (self.prefix + header + encode_values((item,)),)
+                out.broadcast.send(parts)
+                self._transmitted(parts, len(parts[0]), 1, time)
             else:
                 self._put(seq, item, size)
         if out.backlog:
@@ -310,8 +310,10 @@ class Publisher(Ring):
         self.sent += count
         self.sent_bytes += size
         out.history.append(self.entries, first, first + count, parts)
-        for _ in range(size // BALLAST_BYTES):
-            out.broadcast.send((frames.encode_frame(self.prefix, frames.BALLAST, 0, 0, out.origin, 0, time),))
+        if size >= BALLAST_BYTES:
+            ballast = (frames.encode_frame(self.prefix, frames.BALLAST, 0, 0, out.origin, 0, time),)
+            for _ in range(size // BALLAST_BYTES):
+                out.broadcast.send(ballast)
         if self._quiet:
             self._quiet = False
             out.woken(self)

@@ -24,19 +24,15 @@ class Gate:
         self.wake = wake
         self.asleep = False  # set by the reader before it looks at `wanted`, so that no wake-up is missed
         self.wanted = False
-        self._lock = Lock()
+        self.lock = Lock()  # held by whoever uses the socket
         self._door = Lock()  # held by a guest who waits, so that the reader lets it in first
 
     def enter(self, until: float | None) -> bool:
-        """The reader's way in; `leave` afterwards. False: another reader was there until then (None: no limit)."""
+        """The reader's way in; it releases `lock` afterwards. False: another was there until then (None: no limit)."""
         if self.wanted:
             with self._door:
                 pass
-        return self._lock.acquire(timeout=-1 if until is None else max(0.0, until - now()))
-
-    def leave(self) -> None:
-        """The reader's way out."""
-        self._lock.release()
+        return self.lock.acquire(timeout=-1 if until is None else max(0.0, until - now()))
 
     @contextmanager
     def visit(self) -> Iterator[None]:
@@ -44,7 +40,7 @@ class Gate:
         with self._door:
             self.wanted = True
             self.wake()
-            with self._lock:
+            with self.lock:
                 self.wanted = False
                 yield
         self.wake()  # the visit may have taken the signal of what has arrived
