@@ -15,7 +15,7 @@ import pytest
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 BENCH = [sys.executable, str(TOOLS / "bench")]
-COMMANDS = ("all", "idle", "join", "many", "pubsub", "roundtrip")
+COMMANDS = ("all", "idle", "join", "many", "match", "pubsub", "roundtrip")
 
 sys.path.append(str(TOOLS))
 
@@ -40,6 +40,12 @@ def test_every_command_has_the_common_options(command: str) -> None:
     text = bench(command, "--help")
     for option in ("--runs", "--quick", "--json", "--markdown", "--check"):
         assert option in text
+
+
+def test_match_compares_both_ways_of_matching_with_the_plain_one() -> None:
+    (table,) = json.loads(bench("match", "--quick", "--json"))["results"]
+    assert len(table["lines"]) == 8
+    assert all(line["ours"]["median"] > 0 and line["raw"]["median"] > 0 for line in table["lines"])
 
 
 def test_pubsub_counts_every_message() -> None:

@@ -182,3 +182,21 @@ def test_parts_behind_a_frame_that_is_not_understood_are_not_frames(
     message = subscription.get(timeout=20)
     assert message is not None
     assert (message.topic, message.value) == ("t.x", "honest")
+
+
+@pytest.mark.parametrize("size", [1, 4, 60, 3000])
+@pytest.mark.parametrize("start", [b"\0", b"$wake\0", b"t.x\0", b"\xff"])
+def test_frames_of_any_beginning_harm_nobody_who_subscribed_to_everything(
+    foreign: Foreign, start: bytes, size: int
+) -> None:
+    with Node("ours", interface="127.0.0.1", discovery="static", peers=[foreign.inbox]) as node:
+        foreign.join(node.endpoints["inbox"])
+        node.wait_for_peers(1, timeout=20)
+        with node.subscribe(">") as subscription:
+            while foreign.pub.recv() != b"\1":
+                pass
+            foreign.publish(start + bytes(size))
+            foreign.publish(frame(5, msgpack.packb(["one"])))
+            foreign.publish(start + b"\1" * size)
+            foreign.publish(frame(6, msgpack.packb(["two"])))
+            assert [message.value for _ in range(2) if (message := subscription.get(20)) is not None] == ["one", "two"]

@@ -21,6 +21,7 @@ from rich.console import Console
 from bench import idle as idling
 from bench import join as joining
 from bench import many as crowd
+from bench import match as matching
 from bench import pubsub as throughput
 from bench import report
 from bench import roundtrip as latency
@@ -150,6 +151,13 @@ def many(nodes: int | None, runs: int, quick: bool, progress: Progress) -> list[
     return crowd.measure(nodes or (crowd.NODES_QUICK if quick else crowd.NODES), min(runs, RUNS_MANY), progress)
 
 
+@main.command()
+@common
+def match(runs: int, quick: bool, progress: Progress) -> list[Table]:
+    """Topic matching, compiled and by a trie."""
+    return matching.measure(runs, quick, progress)
+
+
 @main.command(name="all")
 @click.option(
     "--namespaces/--no-namespaces", default=True, help="Join between two network namespaces too (root, Linux)."
@@ -164,4 +172,5 @@ def everything(namespaces: bool, runs: int, quick: bool, progress: Progress) -> 
             *joining.measure(namespaces, key, runs, progress),
             *idling.measure(runs, quick, progress),
             *crowd.measure(crowd.NODES_QUICK if quick else crowd.NODES, min(runs, RUNS_MANY), progress),
+            *matching.measure(runs, quick, progress),
         ]

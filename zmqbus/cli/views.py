@@ -14,7 +14,7 @@ import msgspec
 from zmqbus.cli.forms import human_age, human_bytes, moment, rfc3339
 from zmqbus.cli.shell import remark
 from zmqbus.cli.shell.bus import Bus, Duration, Watch
-from zmqbus.cli.shell.output import Column, make_table, on_terminal, plural, show_table
+from zmqbus.cli.shell.output import Column, make_table, on_terminal, show_table
 from zmqbus.cli.shell.stopping import PEEK, rest
 from zmqbus.net.clock import now, time_ns
 from zmqbus.protocol.topics import check_pattern
@@ -167,7 +167,8 @@ def topics(bus: Bus, patterns: tuple[str, ...], as_json: bool, wait: float, time
             show_table(columns, rows)
         if not found and (others := len(node.peers())):
             what = "on such a topic" if patterns else "anything"
-            remark(f"none of the {plural(others, 'node')} on bus {bus.name!r} has published {what}")
+            who = "the one other node" if others == 1 else f"none of the {others} other nodes"
+            remark(f"{who} on bus {bus.name!r} has{' not' * (others == 1)} published {what}")
         elif not found and not watch.refused:
             remark(f"no other node is on bus {bus.name!r}")
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, repeat
 from math import ceil
+from sys import maxsize
 from typing import Any, Protocol
 
 import msgspec
@@ -29,6 +30,9 @@ from zmqbus.protocol.tracking import SETTLED, Fetch, Gap, Stream, Tracker
 
 CALM = 0.1  # seconds without a message after which an empty socket is empty: not just waiting for the kernel
 GAPS_KEPT = 1000  # for a report at the end; the count of lost messages goes on
+
+
+NO_STREAM = Stream("", (b"", 0), 0, 0, 0), b"\0", maxsize  # no frame is that long
 
 
 class Driver(Protocol):
@@ -89,7 +93,7 @@ class Intake:
         self._calm_mark, self._calm_at = -1, 0.0
         self._patience_ms = -1  # what RCVTIMEO is set to
         # How the frames of the last ordinary stream begin, up to their flags, and where their values do.
-        self._stream, self._head, self._body = Stream("", (b"", 0), 0, 0, 0), b"\0", 0
+        self._stream, self._head, self._body = NO_STREAM
 
     # --- the engine's side -----------------------------------------------------------------------
 
@@ -134,7 +138,7 @@ class Intake:
 
     def forget(self, origin: int) -> None:
         """A publisher will not come back. What it sent and was received is delivered before."""
-        self.post(lambda: self._afterwards.append(lambda: self.tracker.forget(origin)))
+        self.post(lambda: self._afterwards.append(lambda: self._forget(origin)))
 
     def when_drained(self, work: Callable[[], object]) -> None:
         """Do this on the engine's loop when all that the socket holds has been taken out of it."""
@@ -296,6 +300,10 @@ class Intake:
                 for work in afterwards:
                     work()
         return bool(self.tracker.ready or self._inbox)
+
+    def _forget(self, origin: int) -> None:
+        self.tracker.forget(origin)
+        self._stream, self._head, self._body = NO_STREAM  # it may be one that is no longer tracked
 
     def _repair(self, drained: bool) -> None:
         fetches = self.tracker.repairs(now(), drained)
