@@ -21,7 +21,7 @@ BURST = 32  # sends within BURST_NS that make a burst
 BURST_NS = 1_000_000
 TURN_MESSAGES_MAX = 2048  # published without a turn of the loop: a millisecond or two
 CALM = 8  # messages per tick below which a burst is over
-STREAMS_MAX = 100_000  # about 1 KiB each
+STREAMS_MAX = 100_000  # about 1.5 KiB each, and 16 KiB more for one that ever filled a batch
 
 HEADS_PER_HEARTBEAT = 64  # repeated each second, so that the loss of a HEAD is made good too
 
