@@ -292,3 +292,15 @@ def test_the_namespaces_of_the_tests_are_a_lan() -> None:
         assert dial(a, 10) == "reached"
     assert server.returncode is not None
     assert subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.count(a.namespace) == 0
+
+
+def test_a_list_that_lacked_an_address_for_a_moment_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = interfaces.AddressWatch("127.0.0.1")
+    present = watch.local
+    looks = iter([[], present, present])
+    monkeypatch.setattr(interfaces, "_to_use", lambda interface: next(looks))
+    assert watch.poll() is None
+    monkeypatch.setattr(interfaces, "_to_use", lambda interface: [])
+    assert watch.poll() == []
+    monkeypatch.setattr(interfaces, "_to_use", lambda interface: present)
+    assert watch.poll() == ["127.0.0.1"]

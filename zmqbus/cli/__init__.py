@@ -11,9 +11,14 @@ import signal
 
 def main() -> None:
     """Run the command line of this process, and exit."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)  # ends the process without a word; there is nothing to tidy up yet
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(
+                    number, signal.SIG_DFL
+                )  # ends the process without a word; there is nothing to tidy up yet
+    except KeyboardInterrupt:  # just before that
+        raise SystemExit(130) from None
     from zmqbus.cli.group import cli
     from zmqbus.cli.shell import stopping
 

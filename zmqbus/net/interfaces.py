@@ -25,6 +25,8 @@ _UP = 0x01 | 0x40  # IFF_UP, switched on; IFF_RUNNING, has a carrier: the cable 
 _LINK_OR_ADDRESS = 0x01 | 0x10  # RTMGRP_LINK | RTMGRP_IPV4_IFADDR of linux/rtnetlink.h
 _IFREQ = struct.Struct("16sH22x")  # struct ifreq: the name, the flags, the rest of its union
 
+LOOKS = 3  # at a list that lacks something, at most
+
 ALONE = "no interface but loopback is up, so that only nodes on this machine can be reached until one is"
 
 
@@ -126,6 +128,13 @@ class AddressWatch:
         """The new list when it differs from the last one seen (order does not count), else None."""
         try:
             current = _to_use(self._interface)
+            for _ in range(LOOKS):
+                if set(self.local) <= set(current):
+                    break
+                # A list that is read while interfaces change may lack some. What is gone is gone at a second look, too.
+                before, current = current, _to_use(self._interface)
+                if set(before) == set(current):
+                    break
         except OSError:
             return None  # out of memory or descriptors: no news, ask again next time
         if set(current) == set(self.local):
