@@ -16,8 +16,9 @@ LAYERS = {
     "protocol": {"errors"},
     "journal": {"errors", "protocol"},
     "net": {"errors", "protocol"},
-    "node": {"errors", "protocol", "net"},
-    "cli": {"errors", "protocol", "journal", "net", "node"},
+    "node": {"errors", "protocol", "journal", "net"},
+    "forwarder": {"errors", "protocol", "journal", "net", "node"},
+    "cli": {"errors", "protocol", "journal", "net", "node", "forwarder"},
 }
 ONLY_IN = {
     "zmq": {"net"},
@@ -26,10 +27,10 @@ ONLY_IN = {
     "click": {"cli"},
     "rich": {"cli"},
     "time": {"net"},
-    "threading": {"net", "node", "cli"},
-    "asyncio": {"net", "node", "cli"},
-    "socket": {"net", "node", "cli"},
-    "random": {"node"},
+    "threading": {"net", "node", "forwarder", "cli"},
+    "asyncio": {"net", "node", "forwarder", "cli"},
+    "socket": {"net", "node", "forwarder", "cli"},
+    "random": {"node", "forwarder"},
     "secrets": {"net", "node", "cli"},
 }
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem == "errors")

@@ -34,7 +34,7 @@ from zmqbus.net.keys import BusKey
 from zmqbus.protocol import commands, frames
 from zmqbus.protocol.commands import BODIES, ENVELOPE, Body, decode_command, encode_command
 from zmqbus.protocol.frames import BALLAST, DATA, EXTERNAL, HEAD, HEADERS, HEARTBEAT, RAW, ValueDecoder, encode_frame
-from zmqbus.protocol.membership import Membership
+from zmqbus.protocol.members.membership import Membership
 from zmqbus.protocol.topics import encode_topic, subscription_prefix
 
 ROOT = Path(__file__).parent.parent
@@ -257,7 +257,9 @@ def test_every_error_code() -> None:
 # --- numbers and names -------------------------------------------------------------------------
 
 MODULES = {
-    **dict.fromkeys(("topics", "frames", "commands", "history", "ring", "tracking", "membership", "peers"), "protocol"),
+    **dict.fromkeys(("topics", "frames", "commands"), "protocol"),
+    **dict.fromkeys(("history", "ring", "tracking"), "protocol.streams"),
+    **dict.fromkeys(("membership", "peers"), "protocol.members"),
     "engine": "node",
     **dict.fromkeys(("publisher", "outlet"), "node.publishing"),
     **dict.fromkeys(("peering", "registry"), "node.peers"),

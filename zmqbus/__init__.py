@@ -30,41 +30,41 @@ if TYPE_CHECKING:
         ZmqbusError,
     )
     from zmqbus.net.keys import BusKey
-    from zmqbus.node.aio import AsyncNode, AsyncPublisher, AsyncSubscription
     from zmqbus.node.events import AsyncEventStream, Event, EventStream, KeyMismatch, TopicInfo, Undelivered, Warned
-    from zmqbus.node.node import Node, Subscription
+    from zmqbus.node.faces.aio import AsyncNode, AsyncPublisher, AsyncSubscription
+    from zmqbus.node.faces.node import Node, Subscription
     from zmqbus.node.publishing.publisher import Publisher
+    from zmqbus.protocol.members.peers import DuplicateName, Peer, PeerJoined, PeerLeft
     from zmqbus.protocol.message import Message
-    from zmqbus.protocol.peers import DuplicateName, Peer, PeerJoined, PeerLeft
-    from zmqbus.protocol.tracking import Gap
+    from zmqbus.protocol.streams.tracking import Gap
 
 # Where the names live. They are loaded when first used: `zmqbus --help` needs neither sockets nor mDNS.
 _HOMES = {
     "AsyncEventStream": "node.events",
-    "AsyncNode": "node.aio",
-    "AsyncPublisher": "node.aio",
-    "AsyncSubscription": "node.aio",
+    "AsyncNode": "node.faces.aio",
+    "AsyncPublisher": "node.faces.aio",
+    "AsyncSubscription": "node.faces.aio",
     "AuthError": "errors",
     "BusKey": "net.keys",
     "DecodeError": "errors",
-    "DuplicateName": "protocol.peers",
+    "DuplicateName": "protocol.members.peers",
     "Event": "node.events",
     "EventStream": "node.events",
     "ForkedProcess": "errors",
-    "Gap": "protocol.tracking",
+    "Gap": "protocol.streams.tracking",
     "GapError": "errors",
     "KeyFileError": "errors",
     "Message": "protocol.message",
     "MessageTooLarge": "errors",
-    "Node": "node.node",
+    "Node": "node.faces.node",
     "NodeClosed": "errors",
-    "Peer": "protocol.peers",
-    "PeerJoined": "protocol.peers",
-    "PeerLeft": "protocol.peers",
+    "Peer": "protocol.members.peers",
+    "PeerJoined": "protocol.members.peers",
+    "PeerLeft": "protocol.members.peers",
     "Publisher": "node.publishing.publisher",
     "RemoteProtocolError": "errors",
     "SetupError": "errors",
-    "Subscription": "node.node",
+    "Subscription": "node.faces.node",
     "TooManyStreams": "errors",
     "TopicError": "errors",
     "TopicInfo": "node.events",

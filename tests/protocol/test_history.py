@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zmqbus.protocol.history import ENTRY_BYTES, Entry, Fetched, History, fetch
+from zmqbus.protocol.streams.history import ENTRY_BYTES, Entry, Fetched, History, fetch
 
 
 def filled(*batches: tuple[int, int]) -> deque[Entry]:

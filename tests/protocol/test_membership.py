@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 
-from zmqbus.protocol import peers as peers_module
-from zmqbus.protocol.membership import ANSWER_S, DIAL_S_MAX, DIAL_S_MIN, EXCHANGE_S, HINT_S, TICK_S_MIN, Membership
-from zmqbus.protocol.peers import (
+from zmqbus.protocol.members import peers as peers_module
+from zmqbus.protocol.members.membership import (
+    ANSWER_S,
+    DIAL_S_MAX,
+    DIAL_S_MIN,
+    EXCHANGE_S,
+    HINT_S,
+    TICK_S_MIN,
+    Membership,
+)
+from zmqbus.protocol.members.peers import (
     Dial,
     DuplicateName,
     Forget,

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zmqbus.protocol import peers as peers_module
-from zmqbus.protocol.membership import TICK_S_MIN, Membership
-from zmqbus.protocol.peers import Dial, Forget, Greet, HangUp, Outputs, Peer, PeerJoined, PeerLeft, State
+from zmqbus.protocol.members import peers as peers_module
+from zmqbus.protocol.members.membership import TICK_S_MIN, Membership
+from zmqbus.protocol.members.peers import Dial, Forget, Greet, HangUp, Outputs, Peer, PeerJoined, PeerLeft, State
 
 ME = 1
 

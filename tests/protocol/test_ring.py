@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zmqbus.protocol.ring import BATCH_MESSAGES_MAX, EMPTY, ROOM_MIN, Ring
+from zmqbus.protocol.streams.ring import BATCH_MESSAGES_MAX, EMPTY, ROOM_MIN, Ring
 
 
 def store(ring: Ring, seq: int) -> None:

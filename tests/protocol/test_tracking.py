@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tracking_simulation import audit, simulate
 
-from zmqbus.protocol import tracking
 from zmqbus.protocol.frames import SEQ_MAX, Batch
-from zmqbus.protocol.tracking import (
+from zmqbus.protocol.streams import tracking
+from zmqbus.protocol.streams.tracking import (
     BATCH_BYTES,
     EARLY_BYTES_MAX,
     FETCH_TIMEOUT,

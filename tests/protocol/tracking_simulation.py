@@ -18,8 +18,8 @@ from random import Random
 import msgspec
 
 from zmqbus.protocol.frames import DATA, HEAD, Batch, decode_batches, encode_frame, encode_values, parse_header
-from zmqbus.protocol.history import Entry, History, fetch
-from zmqbus.protocol.tracking import (
+from zmqbus.protocol.streams.history import Entry, History, fetch
+from zmqbus.protocol.streams.tracking import (
     ASKED,
     BATCH_BYTES,
     FETCHES_MAX,
@@ -296,7 +296,7 @@ class World:
         self.consume()
 
     def receive(self, received: bytes) -> None:
-        """What `node/intake.py` does with a frame."""
+        """What `node/receiving/intake.py` does with a frame."""
         cut, kind, flags, count, origin, first, time_ns = parse_header(received)
         key = (received[:cut], origin)
         if kind == HEAD:

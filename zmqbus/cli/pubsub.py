@@ -25,7 +25,7 @@ from zmqbus.protocol.topics import check_pattern, encode_topic
 
 if TYPE_CHECKING:
     from zmqbus.node.events import Undelivered
-    from zmqbus.node.node import Node
+    from zmqbus.node.faces.node import Node
     from zmqbus.protocol.message import Message
 
 WAIT = 2.0  # for the first subscriber, when nothing was said about waiting

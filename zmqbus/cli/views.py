@@ -20,8 +20,8 @@ from zmqbus.net.clock import now, time_ns
 from zmqbus.protocol.topics import check_pattern
 
 if TYPE_CHECKING:
-    from zmqbus.node.node import Node
-    from zmqbus.protocol.peers import Peer
+    from zmqbus.node.faces.node import Node
+    from zmqbus.protocol.members.peers import Peer
 
 SETTLE = "1.5s"  # nodes on one machine or LAN have found each other well within this
 REDRAW = 0.5

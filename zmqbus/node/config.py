@@ -13,7 +13,7 @@ from zmqbus.net.discovery import check_bus
 from zmqbus.net.interfaces import is_loopback, resolve_interface
 from zmqbus.net.keys import BusKey
 from zmqbus.net.sockets import NO_KEY, parse_endpoint
-from zmqbus.protocol.history import HISTORY_BYTES_MAX
+from zmqbus.protocol.streams.history import HISTORY_BYTES_MAX
 
 
 class Config(NamedTuple):

@@ -1,8 +1,8 @@
 """The engine of a node: an asyncio loop's worth of control work, written once for both faces.
 
 It opens and closes the sockets, keeps the timers, serves fetches and statistics, and brings subscriptions and peers
-together. No message passes through it: publishing is `publishing.py`, on the caller's thread, receiving is
-`intake.py`, on the consumer's. Unless said otherwise its methods belong to the loop's thread.
+together. No message passes through it: publishing is `publishing/`, on the caller's thread, receiving is
+`receiving/`, on the consumer's. Unless said otherwise its methods belong to the loop's thread.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from zmqbus.net.zap import ZapHandler, strangers_are_refused
 from zmqbus.node import RELEASE
 from zmqbus.node.config import Config
 from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
-from zmqbus.node.intake import Intake
 from zmqbus.node.peers.peering import Peering
 from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
+from zmqbus.node.receiving.feed import Feed, Gate
+from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.wiring.broadcast import Broadcast
-from zmqbus.node.wiring.feed import Feed, Gate
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
 from zmqbus.protocol.frames import decode_batches
-from zmqbus.protocol.peers import Peer
+from zmqbus.protocol.members.peers import Peer
+from zmqbus.protocol.streams.tracking import Fetch, Gap
 from zmqbus.protocol.topics import Matcher, check_pattern, covering_prefixes
-from zmqbus.protocol.tracking import Fetch, Gap
 
 HEARTBEAT_PERIOD = 1.0
 IDLE_PERIOD = 0.1  # how often to look for streams that fell idle, whose HEAD is due

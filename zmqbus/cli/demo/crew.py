@@ -22,7 +22,7 @@ from zmqbus.errors import SetupError, WaitTimeout
 from zmqbus.net.clock import now, sleep
 
 if TYPE_CHECKING:
-    from zmqbus.node.node import Node, Subscription
+    from zmqbus.node.faces.node import Node, Subscription
     from zmqbus.node.publishing.publisher import Publisher
 
 LINE_BYTES_MAX = 16 * 1024
@@ -54,7 +54,7 @@ def lines_of(path: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def _member(pipe: Connection, bus: str, name: str) -> Iterator[Node]:
     """A node on the loopback interface. What goes wrong is reported; without the director there is nothing to do."""
-    from zmqbus.node.node import Node
+    from zmqbus.node.faces.node import Node
 
     try:
         with Node(name, bus=bus, interface="127.0.0.1") as node:
@@ -211,7 +211,7 @@ class Crew:
     def __init__(self, redraw: Callable[[], None]) -> None:
         # Children of a server that has imported everything once start in milliseconds, and inherit no threads.
         self._context = get_context("forkserver")
-        self._context.set_forkserver_preload(["zmqbus.cli.demo", "zmqbus.node.node"])
+        self._context.set_forkserver_preload(["zmqbus.cli.demo", "zmqbus.node.faces.node"])
         resource_tracker.ensure_running()  # which would let signals through again
         # Ctrl-C, which a terminal sends to all, is our business alone; they inherit this.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -21,7 +21,7 @@ from zmqbus.net.clock import now, time_ns
 
 if TYPE_CHECKING:
     from zmqbus.node.events import EventStream
-    from zmqbus.node.node import Node
+    from zmqbus.node.faces.node import Node
     from zmqbus.protocol.message import Message
 
 PAUSE_EVERY = 0.1  # seconds: how often output is let out while more and more comes
@@ -103,7 +103,7 @@ class Bus(msgspec.Struct, frozen=True):
         Raises:
             AuthError: in the end, nobody was there but those who refused us because of the key.
         """
-        from zmqbus.node.node import Node
+        from zmqbus.node.faces.node import Node
 
         with Node(
             f"{command}-{os.getpid()}",
@@ -147,7 +147,7 @@ class Watch:
         """Take note of what has happened."""
         from zmqbus.cli.render import escape
         from zmqbus.node.events import KeyMismatch, Warned
-        from zmqbus.protocol.peers import PeerJoined
+        from zmqbus.protocol.members.peers import PeerJoined
 
         while (event := self._events.get(0)) is not None:
             match event:

@@ -24,8 +24,8 @@ from zmqbus.net.clock import now
 from zmqbus.protocol.topics import Matcher, check_pattern
 
 if TYPE_CHECKING:
-    from zmqbus.node.node import Subscription
-    from zmqbus.protocol.tracking import Gap
+    from zmqbus.node.faces.node import Subscription
+    from zmqbus.protocol.streams.tracking import Gap
 
 
 class Tally:

@@ -12,8 +12,8 @@ from functools import partial
 from zmqbus.errors import RemoteProtocolError
 from zmqbus.net.adapter import FdWatch
 from zmqbus.net.sockets import NOBLOCK, Again, SocketFactory
-from zmqbus.node.intake import Intake
-from zmqbus.node.wiring.feed import Feed, Gate
+from zmqbus.node.receiving.feed import Feed, Gate
+from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.wiring.links import Link
 from zmqbus.protocol.frames import HEARTBEAT, HEARTBEAT_PREFIX, parse_header
 

@@ -16,15 +16,15 @@ from zmqbus.net.discovery import Discovery, Found, Warnings, to_dial
 from zmqbus.net.interfaces import AddressWatch, NetworkNews
 from zmqbus.net.sockets import Role, SocketFactory, parse_endpoint
 from zmqbus.node.events import Event, KeyMismatch, Warned
-from zmqbus.node.intake import Intake
 from zmqbus.node.peers.hearing import Hearing
 from zmqbus.node.peers.registry import ASK_AGAIN, Registry, Streams
+from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PEERS_PER_HELLO, Command, Hello, Welcome
 from zmqbus.protocol.frames import VERSION
-from zmqbus.protocol.membership import Membership
-from zmqbus.protocol.peers import (
+from zmqbus.protocol.members.membership import Membership
+from zmqbus.protocol.members.peers import (
     Dial,
     DuplicateName,
     Forget,

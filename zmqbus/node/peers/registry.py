@@ -14,8 +14,8 @@ from typing import Protocol
 
 from zmqbus.errors import NodeClosed
 from zmqbus.net.clock import now
-from zmqbus.node.intake import Intake
 from zmqbus.node.publishing.outlet import Outlet
+from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, SUBSCRIPTIONS_MAX, Command, Error, Subscribed

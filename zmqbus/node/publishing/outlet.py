@@ -13,8 +13,8 @@ from zmqbus.net.clock import now, sleep, time_ns
 from zmqbus.node.publishing.publisher import EAGER, GATHER, TICK, TURN, Publisher
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.protocol import frames
-from zmqbus.protocol.history import Fetched, History, fetch
-from zmqbus.protocol.ring import BATCH_MESSAGES_MAX, ROOM_MIN
+from zmqbus.protocol.streams.history import Fetched, History, fetch
+from zmqbus.protocol.streams.ring import BATCH_MESSAGES_MAX, ROOM_MIN
 from zmqbus.protocol.topics import Matcher, encode_topic
 
 BURST = 32  # sends within BURST_NS that make a burst

@@ -24,8 +24,8 @@ from zmqbus.net.clock import sleep, time_ns
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.protocol import frames
 from zmqbus.protocol.frames import EXTERNAL_BYTES_MIN, MESSAGE_BYTES_MAX, encode_value, encode_values
-from zmqbus.protocol.history import Entry, History
-from zmqbus.protocol.ring import BATCH_MESSAGES_MAX, Ring
+from zmqbus.protocol.streams.history import Entry, History
+from zmqbus.protocol.streams.ring import BATCH_MESSAGES_MAX, Ring
 
 BATCH_BYTES_MAX = 128 * 1024
 SMALL = BATCH_BYTES_MAX // BATCH_MESSAGES_MAX  # messages up to this size cannot fill a batch before their number does

@@ -22,12 +22,12 @@ from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import AsyncEventStream, TopicInfo, Undelivered
-from zmqbus.node.intake import Intake
-from zmqbus.node.node import CLOSE_TIMEOUT
+from zmqbus.node.faces.node import CLOSE_TIMEOUT
 from zmqbus.node.publishing.publisher import SMALL, TICK, Publisher
+from zmqbus.node.receiving.intake import Intake
+from zmqbus.protocol.members.peers import Peer
 from zmqbus.protocol.message import Message
-from zmqbus.protocol.peers import Peer
-from zmqbus.protocol.tracking import Gap
+from zmqbus.protocol.streams.tracking import Gap
 
 SHIFT = 0.002  # seconds for which a consumer may take what is there without a turn of the loop
 

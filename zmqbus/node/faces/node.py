@@ -25,11 +25,11 @@ from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import EventStream, TopicInfo, Undelivered
-from zmqbus.node.intake import Intake
 from zmqbus.node.publishing.publisher import SMALL, Publisher
+from zmqbus.node.receiving.intake import Intake
+from zmqbus.protocol.members.peers import Peer
 from zmqbus.protocol.message import Message
-from zmqbus.protocol.peers import Peer
-from zmqbus.protocol.tracking import Gap
+from zmqbus.protocol.streams.tracking import Gap
 
 T = TypeVar("T")
 CLOSE_TIMEOUT = 2.0

@@ -12,7 +12,7 @@ Rule 3: who answers at an endpoint counts, not who was said to be there: a hint 
     perform(m.heard(origin, now()))                # a heartbeat
     when = m.next_timer()                          # call tick then; it may have changed after any of these
 
-What they return, events for users and actions for the engine, is listed in `zmqbus.protocol.peers`.
+What they return, events for users and actions for the engine, is listed in `zmqbus.protocol.members.peers`.
 What follows for each state of an origin ("-" stores times at most):
 
             hint           greeted             welcomed           heard    bye    refused  silence
@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable
 from math import inf
 from typing import Final
 
-from zmqbus.protocol.peers import (
+from zmqbus.protocol.members.peers import (
     Dial,
     DuplicateName,
     Entry,

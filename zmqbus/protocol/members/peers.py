@@ -29,7 +29,7 @@ Reason = Literal["bye", "silent", "restarted", "refused"]
 
 
 class State(enum.Enum):
-    """Where an origin stands; the transitions are drawn in `zmqbus.protocol.membership`."""
+    """Where an origin stands; the transitions are drawn in `zmqbus.protocol.members.membership`."""
 
     SEEN = "seen"
     JOINED = "joined"

@@ -23,10 +23,10 @@ from zmqbus.errors import DecodeError, GapError, NodeClosed, RemoteProtocolError
 from zmqbus.net.clock import now
 from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVMORE, RCVTIMEO, Again
 from zmqbus.net.waker import WAKE_PREFIX
-from zmqbus.node.wiring.feed import Feed, Gate
+from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.protocol.frames import BALLAST, DATA, EXTERNAL, HEAD, HEADER_BYTES, ORDER, Batch, ValueDecoder, parse_header
 from zmqbus.protocol.message import Message
-from zmqbus.protocol.tracking import SETTLED, Fetch, Gap, Stream, Tracker
+from zmqbus.protocol.streams.tracking import SETTLED, Fetch, Gap, Stream, Tracker
 
 CALM = 0.1  # seconds without a message after which an empty socket is empty: not just waiting for the kernel
 GAPS_KEPT = 1000  # for a report at the end; the count of lost messages goes on

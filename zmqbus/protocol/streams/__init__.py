@@ -1,0 +1,1 @@
+"""Streams of messages, on both sides: gathered, remembered, tracked, acknowledged. Sans-IO."""
