@@ -174,6 +174,35 @@ class WaitTimeout(ZmqbusError, TimeoutError):
         self.timeout = timeout
 
 
+class NotDurable(ZmqbusError):
+    """Messages are not known to be on a forwarder's disk. They may be, or may yet come there: the outcome is unknown.
+
+    `unacked` is how many, `seq` which one, if it is about one. They are kept, and handed over when that is possible,
+    each once however often it is tried: `flush()` waits for it. So do not publish them again.
+    """
+
+    def __init__(self, unacked: int, reason: str, seq: int | None = None) -> None:
+        what = f"message #{seq} is" if seq is not None else f"{unacked:,} message(s) are"
+        super().__init__(f"{what} not known to be on a forwarder's disk: {reason}")
+        self.unacked = unacked
+        self.seq = seq
+        self.reason = reason
+
+
+class BufferFull(ZmqbusError):
+    """What forwarders have not acknowledged fills the buffer, and no room was made in time. This message was not
+    published; all before it are kept. `waiting` is the buffer's content in bytes."""
+
+    def __init__(self, topic: str, waiting: int, timeout: float) -> None:
+        super().__init__(
+            f"nothing published on {topic}: {waiting:,} bytes wait for a forwarder's acknowledgement, and within "
+            f"{timeout:g} s there was no room for more; is the forwarder running?"
+        )
+        self.topic = topic
+        self.waiting = waiting
+        self.timeout = timeout
+
+
 # --- the journal -------------------------------------------------------------------------------
 
 

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zmqbus.protocol.streams.history import ENTRY_BYTES, Entry, Fetched, History, fetch
+from zmqbus.protocol.streams.history import ENTRY_BYTES, NOTHING, Entry, Fetched, History, Shelf, fetch
 
 
 def filled(*batches: tuple[int, int]) -> deque[Entry]:
     """A stream's entries: (first, end) each, with parts that name them."""
-    history, entries = History(), deque[Entry]()
+    history, shelf = History(), Shelf()
     for first, end in batches:
-        history.append(entries, first, end, (f"{first}-{end}".encode(),))
-    return entries
+        history.append(shelf, first, end, (f"{first}-{end}".encode(),))
+    return shelf.entries
 
 
 # --- fetch -------------------------------------------------------------------------------------
@@ -58,9 +58,9 @@ def test_fetch_stops_at_its_bytes_but_not_before_the_first_batch() -> None:
 
 
 def test_fetch_gives_all_parts_of_a_batch() -> None:
-    entries: deque[Entry] = deque()
-    History().append(entries, 1, 2, (b"frame", b"x" * 100_000))
-    assert fetch(entries, 1, 1, 1) == Fetched([b"frame", b"x" * 100_000], 1)
+    shelf = Shelf()
+    History().append(shelf, 1, 2, (b"frame", b"x" * 100_000))
+    assert fetch(shelf.entries, 1, 1, 1) == Fetched([b"frame", b"x" * 100_000], 1)
 
 
 def test_a_range_that_ends_before_it_begins_holds_nothing() -> None:
@@ -76,35 +76,35 @@ def test_a_range_that_ends_before_it_begins_holds_nothing() -> None:
 
 def test_the_oldest_leaves_first_whatever_its_stream() -> None:
     history = History(4 * (ENTRY_BYTES + 10))
-    a, b = deque[Entry](), deque[Entry]()
+    a, b = Shelf(), Shelf()
     for n in range(1, 4):
         history.append(a, n, n + 1, (b"a" * 10,))
     history.append(b, 1, 2, (b"b" * 10,))
-    assert [entry[0] for entry in a] == [1, 2, 3]
+    assert [entry[0] for entry in a.entries] == [1, 2, 3]
     history.append(b, 2, 3, (b"b" * 10,))
     history.append(b, 3, 4, (b"b" * 10,))
-    assert [entry[0] for entry in a] == [3]
-    assert [entry[0] for entry in b] == [1, 2, 3]
+    assert [entry[0] for entry in a.entries] == [3]
+    assert [entry[0] for entry in b.entries] == [1, 2, 3]
     assert history.bytes == history.bytes_max
 
 
 def test_a_batch_larger_than_the_history_is_not_kept_and_takes_all_with_it() -> None:
     history = History(10_000)
-    entries: deque[Entry] = deque()
-    history.append(entries, 1, 2, (b"small",))
-    history.append(entries, 2, 3, (b"x" * 10_000,))
-    assert not entries
+    shelf = Shelf()
+    history.append(shelf, 1, 2, (b"small",))
+    history.append(shelf, 2, 3, (b"x" * 10_000,))
+    assert not shelf.entries
     assert history.bytes == 0
-    history.append(entries, 3, 4, (b"small",))
-    assert fetch(entries, 1, 3, 1) == Fetched([b"small"], 3)
+    history.append(shelf, 3, 4, (b"small",))
+    assert fetch(shelf.entries, 1, 3, 1) == Fetched([b"small"], 3)
 
 
 def test_no_history() -> None:
     history = History(0)
-    entries: deque[Entry] = deque()
-    history.append(entries, 1, 2, (b"x",))
-    assert not entries
-    assert fetch(entries, 1, 1, 1) == Fetched([], 1)
+    shelf = Shelf()
+    history.append(shelf, 1, 2, (b"x",))
+    assert not shelf.entries
+    assert fetch(shelf.entries, 1, 1, 1) == Fetched([], 1)
 
 
 def test_the_bound_is_honest_about_tiny_batches() -> None:
@@ -115,6 +115,36 @@ def test_the_bound_is_honest_about_tiny_batches() -> None:
     assert 0.8 * spent < ENTRY_BYTES < 1.4 * spent
 
 
+# --- what must be kept ---------------------------------------------------------------------------
+
+
+def test_what_is_not_acknowledged_outlives_its_time() -> None:
+    cost = ENTRY_BYTES + 10
+    history = History(2 * cost, 2 * cost)
+    claimed, plain = Shelf(), Shelf()
+    claimed.keep_from = 1
+    for n in range(1, 4):
+        history.append(claimed, n, n + 1, (b"c" * 10,))
+        history.append(plain, n, n + 1, (b"p" * 10,))
+    assert [entry[0] for entry in claimed.entries] == [1, 2, 3]
+    assert [entry[0] for entry in plain.entries] == [3]
+    assert (history.bytes, history.pinned_bytes, history.full) == (2 * cost, 2 * cost, False)
+    history.append(claimed, 4, 5, (b"c" * 10,))
+    history.append(plain, 4, 5, (b"p" * 10,))
+    assert (claimed.pinned, history.full) == (3, True)
+    history.release(claimed, 3)  # 1 and 2 are acknowledged
+    assert [entry[0] for entry in claimed.entries] == [3, 4]
+    assert (history.pinned_bytes, history.full) == (cost, False)
+    history.release(claimed, 5)  # all; but 4 is recent, and stays for repairs
+    assert [entry[0] for entry in claimed.entries] == [4]
+    assert history.pinned_bytes == 0
+    history.release(claimed, NOTHING)
+    history.append(plain, 5, 6, (b"p" * 10,))
+    history.append(plain, 6, 7, (b"p" * 10,))
+    assert not claimed.entries
+    assert history.bytes == 2 * cost
+
+
 # --- against a model ---------------------------------------------------------------------------
 
 
@@ -123,7 +153,7 @@ def test_the_bound_is_honest_about_tiny_batches() -> None:
 def test_history_against_a_naive_model(seed: int, bytes_max: int) -> None:
     random = Random(seed)
     history = History(bytes_max)
-    streams: list[deque[Entry]] = [deque(), deque(), deque()]
+    streams = [Shelf(), Shelf(), Shelf()]
     following = [1, 1, 1]
     model: list[tuple[int, int, int, bytes]] = []  # stream, first, end, part; oldest first
     for _ in range(random.randint(1, 60)):
@@ -136,7 +166,8 @@ def test_history_against_a_naive_model(seed: int, bytes_max: int) -> None:
         while sum(ENTRY_BYTES + len(part) for *_, part in model) > bytes_max:
             model.pop(0)
     assert history.bytes == sum(ENTRY_BYTES + len(part) for *_, part in model) <= bytes_max
-    for which, entries in enumerate(streams):
+    for which, shelf in enumerate(streams):
+        entries = shelf.entries
         mine = [(first, end, part) for owner, first, end, part in model if owner == which]
         assert [(first, end, *parts) for first, end, parts, _ in entries] == mine
         for _ in range(10):
@@ -161,18 +192,18 @@ def test_history_against_a_naive_model(seed: int, bytes_max: int) -> None:
 @settings(max_examples=50)
 def test_asking_again_for_the_rest_gets_everything_that_is_held(seed: int, limit: int) -> None:
     random = Random(seed)
-    entries = deque[Entry]()
+    shelf = Shelf()
     history = History(random.choice([600, 5000, 10**6]))
     following = 1
     for _ in range(40):
         end = following + random.choice([1, 3])
-        history.append(entries, following, end, (b"%d" % following + b"x" * random.choice([0, 300]),))
+        history.append(shelf, following, end, (b"%d" % following + b"x" * random.choice([0, 300]),))
         following = end
-    held = [part for _, _, (part,), _ in entries]
+    held = [part for _, _, (part,), _ in shelf.entries]
     got: list[bytes] = []
     first, last = 1, following - 1
     while first <= last:
-        parts, until = fetch(entries, first, last, limit)
+        parts, until = fetch(shelf.entries, first, last, limit)
         got += parts
         assert until >= first
         first = until + 1

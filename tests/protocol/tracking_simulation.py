@@ -18,7 +18,7 @@ from random import Random
 import msgspec
 
 from zmqbus.protocol.frames import DATA, HEAD, Batch, decode_batches, encode_frame, encode_values, parse_header
-from zmqbus.protocol.streams.history import Entry, History, fetch
+from zmqbus.protocol.streams.history import History, Shelf, fetch
 from zmqbus.protocol.streams.tracking import (
     ASKED,
     BATCH_BYTES,
@@ -56,14 +56,14 @@ class Publisher:
         self.origin = origin
         self.up = True
         self.history = History(history_bytes)
-        self.entries: dict[bytes, deque[Entry]] = {}
+        self.shelves: dict[bytes, Shelf] = {}
         self.next: dict[bytes, int] = {}
 
     def publish(self, topic: bytes, count: int) -> bytes:
         first = self.next.setdefault(topic, 1)
-        entries = self.entries.setdefault(topic, deque())
+        shelf = self.shelves.setdefault(topic, Shelf())
         made = frame(topic, self.origin, first, count)
-        self.history.append(entries, first, first + count, (made,))
+        self.history.append(shelf, first, first + count, (made,))
         self.next[topic] = first + count
         return made
 
@@ -71,11 +71,11 @@ class Publisher:
         return encode_frame(topic + b"\0", HEAD, 0, 0, self.origin, self.next[topic], LIVE)
 
     def has(self, topic: bytes, origin: int, seq: int) -> bool:
-        entries = self.entries.get(topic)
+        entries = self.shelves.get(topic, Shelf()).entries
         return bool(entries) and origin == self.origin and entries[0][0] <= seq < entries[-1][1]
 
     def answer(self, asked: Fetch, bytes_max: int) -> tuple[list[Batch], int]:
-        held = fetch(self.entries.get(asked.topic, deque()), asked.first, asked.last, bytes_max)
+        held = fetch(self.shelves.get(asked.topic, Shelf()).entries, asked.first, asked.last, bytes_max)
         return decode_batches(held.parts), held.last
 
 

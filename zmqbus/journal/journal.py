@@ -86,7 +86,10 @@ class Journal:
         self._segment_bytes = max(segment_bytes, SEGMENT_BYTES_MIN)
         self._retention = retention
         self._streams = Streams(directory.path, streams_max)
-        self._known = self._streams.known  # for `append`
+        self.known = self._streams.known
+        """What is known of each stream; not to be changed."""
+        self.number = int.from_bytes(directory.uuid[:8], "little") or 1
+        """Of this journal, for ever, and of no other."""
         self._pending: list[_Pending] = []
         self._tickets: deque[Ticket] = deque()
         self._indexes: dict[int, Index] = {}
@@ -158,7 +161,7 @@ class Journal:
         """
         if self._failure is not None:
             raise self._failure
-        stream = self._known.get((topic, origin))
+        stream = self.known.get((topic, origin))
         expected = 1 if stream is None else stream.accepted + 1
         if first_seq != expected:
             if first_seq + count <= expected:
@@ -190,8 +193,7 @@ class Journal:
 
     def expected(self, topic: bytes, origin: int) -> int:
         """The seq that `append` would accept next from a stream."""
-        stream = self._known.get((topic, origin))
-        return 1 if stream is None else stream.accepted + 1
+        return self.head(topic, origin).accepted + 1
 
     def head(self, topic: bytes, origin: int) -> Head:
         """How far one stream has come; zeros if nothing is known of it."""
@@ -345,15 +347,11 @@ class Journal:
     def resume(self) -> bool:
         """After NoSpace: look whether there is room again, and if so, accept again."""
         self._check()
-        if self.full is None:
-            return True
-        if self._retention.exceeded_by(self.bytes_used + self._segment_bytes):
-            return False
-        with self._watched("statvfs", self._directory.path):
-            if self.storage.free_bytes(self._directory.path) < self._segment_bytes or not self._writer.reserve():
-                return False
-        self.full = None
-        return True
+        if self.full is not None and not self._retention.exceeded_by(self.bytes_used + self._segment_bytes):
+            with self._watched("statvfs", self._directory.path):
+                if self.storage.free_bytes(self._directory.path) >= self._segment_bytes and self._writer.reserve():
+                    self.full = None
+        return self.full is None
 
     def commit_cursors(self, cursors: Mapping[str, Cursor | None]) -> None:
         """Set (or, with None, remove) named cursors: on disk when this returns. Raises NoSpace, JournalFailed,

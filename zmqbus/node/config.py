@@ -13,7 +13,7 @@ from zmqbus.net.discovery import check_bus
 from zmqbus.net.interfaces import is_loopback, resolve_interface
 from zmqbus.net.keys import BusKey
 from zmqbus.net.sockets import NO_KEY, parse_endpoint
-from zmqbus.protocol.streams.history import HISTORY_BYTES_MAX
+from zmqbus.protocol.streams.history import BUFFER_BYTES_MAX, HISTORY_BYTES_MAX
 
 
 class Config(NamedTuple):
@@ -26,6 +26,8 @@ class Config(NamedTuple):
     peers: tuple[str, ...]
     mdns: bool
     history_bytes: int
+    buffer_bytes: int
+    acks: int
 
     @classmethod
     def make(
@@ -37,6 +39,8 @@ class Config(NamedTuple):
         peers: Sequence[str],
         discovery: str,
         history_bytes: int | None,
+        buffer_bytes: int | None,
+        acks: int,
     ) -> Config:
         """Check what a user gave.
 
@@ -64,7 +68,9 @@ class Config(NamedTuple):
             interface = "127.0.0.1"
         if key is None and interface is not None and not is_loopback(interface):
             raise SetupError(f"interface {interface} is open to the network: {NO_KEY}")
-        if history_bytes is not None and history_bytes < 0:
-            raise SetupError(f"history_bytes={history_bytes}: use 0 or more")
-        size = HISTORY_BYTES_MAX if history_bytes is None else history_bytes
-        return cls(name, bus, key, interface, tuple(peers), discovery != "static", size)
+        history = HISTORY_BYTES_MAX if history_bytes is None else history_bytes
+        buffer = BUFFER_BYTES_MAX if buffer_bytes is None else buffer_bytes
+        for what, least, given in (("history_bytes", 0, history), ("buffer_bytes", 0, buffer), ("acks", 1, acks)):
+            if not isinstance(given, int) or given < least:
+                raise SetupError(f"{what}={given!r}: use a whole number, {least} or more")
+        return cls(name, bus, key, interface, tuple(peers), discovery != "static", history, buffer, acks)

@@ -33,17 +33,20 @@ from zmqbus.node import RELEASE
 from zmqbus.node.config import Config
 from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
 from zmqbus.node.peers.peering import Peering
+from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
+from zmqbus.node.serving import FETCH_BYTES, Counters, Extension, Service
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
 from zmqbus.protocol.frames import decode_batches
 from zmqbus.protocol.members.peers import Peer
-from zmqbus.protocol.streams.tracking import Fetch, Gap
+from zmqbus.protocol.streams.history import History
+from zmqbus.protocol.streams.tracking import Fetch, Gap, Tracker
 from zmqbus.protocol.topics import Matcher, check_pattern, covering_prefixes
 
 HEARTBEAT_PERIOD = 1.0
@@ -56,8 +59,6 @@ COMMAND_BYTES_MAX = BODY_BYTES_MAX + 4096  # what the inbox takes: also from a s
 # lowering it an empty queue may count as full for ever.
 FRAMES_QUEUED = 64
 LINGER_MS = 500  # for what the kernel has not taken yet when a node closes
-TOPICS_PER_STATS = 1000
-FETCH_BYTES = 1024 * 1024  # per answer: large enough to be quick, small enough to share the link
 
 
 class Engine:
@@ -67,7 +68,11 @@ class Engine:
     peering: Peering
 
     def __init__(
-        self, config: Config, loop: asyncio.AbstractEventLoop, in_turns: Callable[[], None] | None = None
+        self,
+        config: Config,
+        loop: asyncio.AbstractEventLoop,
+        in_turns: Callable[[], None] | None = None,
+        extension: Extension | None = None,
     ) -> None:
         self.config = config
         self.origin = secrets.randbits(64) or 1
@@ -75,13 +80,15 @@ class Engine:
         self.refusal: ZmqbusError | None = NodeClosed(f"node {config.name!r} is not open")
         self._loop = loop
         self._in_turns = in_turns
+        self._extension = extension
+        self._forwarders: tuple[tuple[int, Callable[[str], bool]], ...] = ()  # origin, and whether it claims a topic
         self._factory = SocketFactory(config.key)
         self._zap: ZapHandler | None = None
         self._inbox: Inbox | None = None
         self._listeners = Listeners()
         self._numbers = self._heartbeats = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._counters = {"warnings": 0, "fetches_served": 0, "fetch_bytes_served": 0}
+        self._warnings = 0
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -113,13 +120,16 @@ class Engine:
         )
         self._waker = Waker(factory, f"waker-{self.origin:016x}")
         broadcast = Broadcast(pub, tap, self._start_ticking)
-        self.outlet = Outlet(broadcast, self.origin, config.history_bytes, self._start_ticking, self._in_turns)
+        history = History(config.history_bytes, config.buffer_bytes)
+        self.outlet = Outlet(broadcast, self.origin, history, config.acks, self._start_ticking, self._in_turns)
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
             await strangers_are_refused(
                 factory, config.key, {role: f"tcp://{probe}:{port}" for role, port in ports.items()}
             )
-        place = {"host": system.gethostname(), "pid": os.getpid(), "release": RELEASE}
+        place: dict[str, Any] = {"host": system.gethostname(), "pid": os.getpid(), "release": RELEASE}
+        if (more := self._extension) is not None:
+            place |= {"role": more.role, "claims": more.claims, "journal": more.journal}
         self.peering = Peering(
             self,
             self._loop,
@@ -133,6 +143,7 @@ class Engine:
             ports=ports,
         )
         self._inbox = Inbox(router, self._loop, self.peering.on_command, self.garbage)
+        self._service = Service(self.origin, self.outlet, self._inbox, self._all_counters, self._extension)
         self.refusal = None
         self.peering.start(self._inbox)
         self._heartbeat()
@@ -155,8 +166,13 @@ class Engine:
         try:
             while not outlet.push() and now() < deadline:
                 await asyncio.sleep(TICK)
+            while self._forwarders and unacked(outlet) and now() < deadline:
+                await asyncio.sleep(TICK)
             late = await self.peering.registry.leave(max(0.0, deadline - now()))
-            return [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
+            undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
+            if count := unacked(outlet):
+                undelivered.append(Undelivered("forwarder", 0, count))
+            return undelivered
         finally:  # also if whoever waits for it is cancelled
             for intake in list(self.intakes.values()):
                 intake.close(self.refusal)
@@ -234,6 +250,24 @@ class Engine:
 
         `wake`: to be called when there is something to do. None: its consumer sleeps in the socket.
         """
+        if not isinstance(history, int) or history < 0:
+            raise SetupError(f"history={history!r}: use a whole number, 0 or more")
+        if on_gap not in ("skip", "raise"):
+            raise SetupError(f"on_gap={on_gap!r}: use 'skip' or 'raise'")
+
+        def make(number: int, feed: Feed) -> Intake:
+            tracker = Tracker(patterns, self.sources, history=history)
+            raises = on_gap == "raise"
+            return Intake(
+                number, patterns, feed, self, tracker, value_type=value_type, raise_gaps=raises, observes=observe
+            )
+
+        return await self.attach(patterns, make, wake)
+
+    async def attach(
+        self, patterns: Sequence[str], make: Callable[[int, Feed], Intake], wake: Callable[[], None] | None
+    ) -> Intake:
+        """Open a subscription of the kind that `make` makes, and have it registered. Otherwise as `subscribe`."""
         if not patterns:
             raise TopicError("", "give at least one pattern; '>' is everything")
         if len(patterns) > PATTERNS_MAX or len(self.intakes) >= SUBSCRIPTIONS_MAX:
@@ -242,29 +276,15 @@ class Engine:
             )
         for pattern in patterns:
             check_pattern(pattern)
-        if not isinstance(history, int) or history < 0:
-            raise SetupError(f"history={history!r}: use a whole number, 0 or more")
-        if on_gap not in ("skip", "raise"):
-            raise SetupError(f"on_gap={on_gap!r}: use 'skip' or 'raise'")
         socket = self._factory.sub(FRAMES_QUEUED)
         for prefix in covering_prefixes(patterns):
             socket.subscribe(prefix)
         self._numbers += 1
-        registry = self.peering.registry
-        gate = Gate(wake) if wake is not None else self._gate(socket, self._numbers)
-        intake = Intake(
-            self._numbers,
-            patterns,
-            Feed(self._factory, self._loop, socket, gate, lambda: registry.attached(intake.number)),
-            self,
-            self._sources,
-            value_type=value_type,
-            history=history,
-            raise_gaps=on_gap == "raise",
-            observes=observe,
-        )
+        number, registry = self._numbers, self.peering.registry
+        gate = Gate(wake) if wake is not None else self._gate(socket, number)
+        intake = make(number, Feed(self._factory, self._loop, socket, gate, lambda: registry.attached(number)))
         self.intakes[intake.number] = intake
-        intake.feed.connect(self._own_pubs[observe])
+        intake.feed.connect(self._own_pubs[intake.observes])
         intake.heads(self.origin, self.heads(intake.patterns), more=False)
         self.peering.connect(intake)
         try:
@@ -294,9 +314,19 @@ class Engine:
             self.peering.registry.withdraw(intake.number)
         intake.close()
 
-    def _sources(self, topic: str, origin: int) -> Sequence[int]:
+    def sources(self, topic: str, origin: int) -> Sequence[int]:
         """Whom to ask for a repair, from any thread."""
-        return (origin,) if origin == self.origin or self.peering.joined(origin) else ()
+        sources = [forwarder for forwarder, claims in self._forwarders if claims(topic)]
+        if origin == self.origin or self.peering.joined(origin):
+            sources.insert(0, origin)
+        return sources
+
+    def forwarders_changed(self) -> None:
+        """A forwarder came or went, or claims other topics."""
+        present = [peer for peer in self.peering.peers() if peer.journal]
+        self._forwarders = tuple((peer.origin, Matcher(peer.claims).matches) for peer in present)
+        for peer in present:
+            self.outlet.claimed(peer.journal, peer.claims)
 
     # --- what intakes want, from the consumers' threads ------------------------------------------
 
@@ -340,7 +370,7 @@ class Engine:
 
     def garbage(self, error: RemoteProtocolError) -> None:
         """A peer sent something undecodable."""
-        self._counters["warnings"] += 1
+        self._warnings += 1
         self.emit(Warned(str(error)))
 
     def soon(self, work: Callable[..., object], *arguments: object) -> None:
@@ -354,29 +384,9 @@ class Engine:
         """Topic and next seq of our streams that fit."""
         return self.outlet.heads(patterns)
 
-    def serve(self, identity: bytes, command: Command) -> None:
-        """Commands that are not about peering."""
-        assert self._inbox is not None
-        body = command.body
-        match body:
-            case commands.Fetch():
-                if body.origin != self.origin:
-                    error = commands.Error("origin", f"this node does not keep messages of {body.origin:016x}")
-                    self._inbox.answer(identity, error, command.request)
-                    return
-                held = self.outlet.fetch(body.topic, body.first, body.last, min(body.bytes, FETCH_BYTES))
-                answer = commands.Batches(body.topic, body.origin, body.first, held.last)
-                self._counters["fetches_served"] += 1
-                self._counters["fetch_bytes_served"] += sum(map(len, held.parts))
-                self._inbox.answer(identity, answer, command.request, held.parts)
-            case commands.Stats():
-                topics = self.outlet.topics(body.skip, TOPICS_PER_STATS) if body.topics else []
-                more = len(topics) == TOPICS_PER_STATS
-                statistics: dict[str, int | float | str] = dict(self.counters())
-                self._inbox.answer(identity, commands.Statistics(statistics, topics, more), command.request)
-            case _:
-                error = commands.Error("unexpected", f"{type(body).__name__} makes no sense here")
-                self._inbox.answer(identity, error, command.request)
+    def serve(self, identity: bytes, origin: int, command: Command) -> None:
+        """A command that is not about peering."""
+        self._service.serve(identity, origin, command)
 
     # --- questions -------------------------------------------------------------------------------
 
@@ -396,6 +406,9 @@ class Engine:
         if not await registry.until(lambda: registry.subscribers(topic, observers) >= n, timeout):
             raise WaitTimeout(f"subscriber(s) of {topic}", registry.subscribers(topic, observers), n, timeout or 0.0)
         return registry.subscribers(topic, observers)
+
+    def _all_counters(self) -> Counters:
+        return {**self.counters(), **(self._extension.counters() if self._extension is not None else {})}
 
     async def statistics(self) -> dict[str, int | float]:
         """Counters since start."""
@@ -418,7 +431,11 @@ class Engine:
             "messages_repaired": sum(tracker.repaired for tracker in trackers),
             "messages_lost": sum(tracker.lost for tracker in trackers),
             "messages_duplicated": sum(tracker.duplicates for tracker in trackers),
-            **self._counters,
+            "messages_unacked": unacked(outlet),
+            "unacked_bytes_pinned": outlet.history.pinned_bytes,
+            "warnings": self._warnings,
+            "fetches_served": self._service.fetches,
+            "fetch_bytes_served": self._service.fetch_bytes,
         }
 
     async def topics(self, patterns: Sequence[str], timeout: float) -> list[TopicInfo]:

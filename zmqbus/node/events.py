@@ -29,10 +29,14 @@ class KeyMismatch(Warned, frozen=True):
 
 
 class Undelivered(msgspec.Struct, frozen=True):
-    """What `close()` could not wait for: a subscriber that had not confirmed everything when time was up."""
+    """What `close()` could not wait for: a subscriber that had not confirmed everything when time was up.
+
+    With `unacked`, so many messages that no forwarder is known to have on disk (`peer` is "forwarder" then).
+    """
 
     peer: str
     origin: int
+    unacked: int = 0
 
 
 class TopicInfo(msgspec.Struct, frozen=True):

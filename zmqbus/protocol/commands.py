@@ -14,6 +14,12 @@ The answer carries the request id of what it answers. A command that is not unde
     SUBSCRIBE             HEADS (the last has more = false)
     UNSUBSCRIBE           nothing
     FETCH                 BATCHES
+    ACK                   nothing
+    READ                  LOG, again and again, within the credit
+    CREDIT                nothing, but more LOG
+    COMMIT                COMMIT, once it is on disk
+    UNREAD                nothing
+    OFFER                 nothing
     BYE                   BYE, once the peer has all it is owed
     STATS                 STATISTICS
     anything              ERROR, if it cannot be done
@@ -37,6 +43,8 @@ HEADS_PER_COMMAND = 2000  # 2000 topics of at most 255 bytes and a u64 stay belo
 PEERS_PER_HELLO = 256  # a newcomer needs a few to find the rest
 SUBSCRIPTIONS_MAX = 1024  # of one node; each costs its peers memory
 PATTERNS_MAX = 256  # of one subscription
+LOG_BATCHES_MAX = 4096  # of one LOG
+END = 2**64 - 1  # as an offset: where the journal ends now
 
 U64 = Annotated[int, Meta(ge=0)]  # msgpack itself ends at 2**64 - 1
 Seq = Annotated[int, Meta(ge=1)]
@@ -75,6 +83,7 @@ class Hello(Body):
     version_max: U64 = 1
     role: Annotated[str, Meta(max_length=32)] = "node"
     claims: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)] = []
+    journal: U64 = 0  # a number that a forwarder's journal keeps for ever; 0: there is none
     subscriptions: Annotated[list[Subscribed], Meta(max_length=SUBSCRIPTIONS_MAX)] = []
     peers: Annotated[list[tuple[U64, Endpoint]], Meta(max_length=PEERS_PER_HELLO)] = []
 
@@ -127,6 +136,73 @@ class Batches(Body):
     last: Seq
 
 
+class Ack(Body):
+    """From a forwarder, unasked: of these streams of `origin` everything up to and including this seq is on its disk.
+
+    `journal` is the number of its journal, and `full` says that this takes nothing more until an ACK says otherwise.
+    """
+
+    journal: U64
+    origin: U64
+    heads: Annotated[list[tuple[Topic, U64]], Meta(max_length=HEADS_PER_COMMAND)] = []
+    full: bool = False
+
+
+class Read(Body):
+    """Send what the journal has on topics that fit, from somewhere on, and then what comes: `credit` bytes, for now.
+
+    From where the named cursor is, if there is one; else from the first batch of `time_ns`, unless that is 0; else from
+    `offset`. Where a cursor is named and unknown, it begins there.
+    """
+
+    id: U64
+    patterns: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)]
+    credit: U64
+    cursor: Annotated[str, Meta(max_length=255)] = ""
+    time_ns: U64 = 0
+    offset: U64 = END
+
+
+class Log(Body):
+    """What reading `id` came to next: batches, as they lie end to end in the part that follows, and how far it goes."""
+
+    id: U64
+    journal: U64
+    next: U64  # goes on here: to be committed when all this has been dealt with
+    end: U64  # of the journal when this was sent: with `next` there, all is read
+    batches: Annotated[list[tuple[U64, U64, U64]], Meta(max_length=LOG_BATCHES_MAX)] = []  # offset, bytes, external
+    dropped: Annotated[list[tuple[U64, U64]], Meta(max_length=LOG_BATCHES_MAX)] = []  # offsets that are no more
+
+
+class Credit(Body):
+    """Reading `id` may send so many bytes more."""
+
+    id: U64
+    bytes: U64
+
+
+class Commit(Body):
+    """Move a cursor, held by reading `id`, or by nobody (0). The answer is the same, once that is on disk."""
+
+    cursor: Name
+    offset: U64
+    id: U64 = 0
+    forget: bool = False  # there is to be no such cursor any more
+
+
+class Unread(Body):
+    """The end of reading `id`."""
+
+    id: U64
+
+
+class Offer(Body):
+    """Also to be had from me: streams of `origin`, which I am not, each up to before the seq that is named."""
+
+    origin: U64
+    heads: Annotated[list[tuple[Topic, Seq]], Meta(max_length=HEADS_PER_COMMAND)]
+
+
 class Bye(Body):
     """The asker leaves, and has sent HEADS as the last word on its streams. The answer: all of it has arrived."""
 
@@ -139,11 +215,13 @@ class Stats(Body):
 
 
 class Statistics(Body):
-    """Counters of a peer, and (topic, last seq, bytes published) of its streams, in order of first use."""
+    """Counters of a peer, (topic, last seq, bytes published) of its streams, in order of first use, and of a forwarder
+    (name, offset, whether somebody reads under it) of its cursors."""
 
     counters: dict[str, int | float | str]
     topics: Annotated[list[tuple[Topic, U64, U64]], Meta(max_length=HEADS_PER_COMMAND)] = []
     more: bool = False
+    cursors: Annotated[list[tuple[Name, U64, bool]], Meta(max_length=HEADS_PER_COMMAND)] = []
 
 
 class Error(Body):
@@ -162,6 +240,13 @@ BODIES: dict[int, type[Body]] = {
     6: Heads,
     7: Fetch,
     8: Batches,
+    9: Ack,
+    10: Read,
+    11: Log,
+    12: Credit,
+    13: Commit,
+    14: Unread,
+    15: Offer,
     24: Stats,
     25: Statistics,
     255: Error,

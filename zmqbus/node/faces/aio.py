@@ -23,6 +23,8 @@ from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import AsyncEventStream, TopicInfo, Undelivered
 from zmqbus.node.faces.node import CLOSE_TIMEOUT
+from zmqbus.node.publishing import durability
+from zmqbus.node.publishing.durability import room
 from zmqbus.node.publishing.publisher import SMALL, TICK, Publisher
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.protocol.members.peers import Peer
@@ -226,6 +228,7 @@ class AsyncPublisher:
 
     def __init__(self, node: AsyncNode, publisher: Publisher) -> None:
         self._node = node
+        self._publisher = publisher
         self._send = publisher.send
         self._crowded = node._crowded
         self.topic = publisher.topic
@@ -234,7 +237,7 @@ class AsyncPublisher:
         """Publish a value; returns its seq, the same as `AsyncNode.publish`."""
         seq = self._send(value, headers)
         if self._crowded:
-            await self._node._give_way()
+            await self._node._give_way(self._publisher)
         return seq
 
 
@@ -255,8 +258,10 @@ class AsyncNode:
         peers: Sequence[str] = (),
         discovery: Literal["mdns", "static", "both"] = "both",
         history_bytes: int | None = None,
+        buffer_bytes: int | None = None,
+        acks: int = 1,
     ) -> None:
-        self._config = Config.make(name, bus, key, interface, peers, discovery, history_bytes)
+        self._config = Config.make(name, bus, key, interface, peers, discovery, history_bytes, buffer_bytes, acks)
         self._crowded: list[None] = []
         self._publishers: dict[str, Publisher] = {}
         self._opened: Engine | None = None
@@ -315,33 +320,52 @@ class AsyncNode:
         """Once per turn of the loop in which something was published."""
         self._engine.outlet.flush_all()
 
-    async def _give_way(self, timeout: float = inf) -> None:
-        """Let the loop do its other work; wait while a subscriber is full, within the publisher's patience."""
+    async def _give_way(self, publisher: Publisher | None = None, timeout: float = inf) -> None:
+        """Let the loop do its other work; wait while a subscriber is full, within the publisher's patience, and while
+        the forwarders that are to acknowledge this stream have too much to catch up with."""
         deadline = now() + timeout
         await asyncio.sleep(0)
-        while not self._engine.outlet.push() and now() < deadline:
+        outlet = self._engine.outlet
+        while not outlet.push() and now() < deadline:
             await asyncio.sleep(TICK)
+        if publisher is not None and outlet.history.full:
+            await room(outlet, publisher, inf)
 
     # --- publish ---------------------------------------------------------------------------------
 
-    async def publish(self, topic: str, value: object, *, headers: dict[str, Any] | None = None) -> int:
-        """See `Node.publish`. What one turn of the loop publishes is sent together, at its end."""
+    async def publish(
+        self,
+        topic: str,
+        value: object,
+        *,
+        headers: dict[str, Any] | None = None,
+        durable: bool = False,
+        timeout: float | None = None,
+    ) -> int:
+        """See `Node.publish`. What one turn of the loop publishes is sent together, at its end.
+
+        Many durable publishes may be awaited at once: together they need hardly more time than one.
+        """
         try:
             publisher = self._publishers[topic]
         except KeyError:
             publisher = self._at_home().outlet.publisher(topic)
         kind = type(value)
         # As in `Node.publish`.
-        if headers is None and kind is bytes and len(value) <= SMALL and publisher.full:  # type: ignore[arg-type]
+        if headers is None and timeout is None and kind is bytes and len(value) <= SMALL and publisher.full:  # type: ignore[arg-type]
             seq = next(publisher.seqs)
             if seq < publisher.full:
                 publisher.ring[seq & publisher.mask] = value
             else:
                 publisher.send_late(seq, value, 0)  # type: ignore[arg-type]
         else:
+            if timeout is not None:
+                await room(self._at_home().outlet, publisher, timeout)
             seq = publisher.send(value, headers)
         if self._crowded:
-            await self._give_way()
+            await self._give_way(publisher)
+        if durable:
+            await durability.durable(self._at_home().outlet, publisher, seq, timeout)
         return seq
 
     def publisher(self, topic: str) -> AsyncPublisher:
@@ -351,7 +375,8 @@ class AsyncNode:
     async def flush(self, timeout: float | None = None) -> None:
         """See `Node.flush`."""
         self._at_home().outlet.flush_all()
-        await self._give_way(inf if timeout is None else timeout)
+        await self._give_way(timeout=inf if timeout is None else timeout)
+        await durability.all_durable(self._engine.outlet, timeout)
 
     # --- subscribe -------------------------------------------------------------------------------
 

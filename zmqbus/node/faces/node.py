@@ -25,6 +25,7 @@ from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import EventStream, TopicInfo, Undelivered
+from zmqbus.node.publishing.durability import wait_for_room, wait_until_all_durable, wait_until_durable
 from zmqbus.node.publishing.publisher import SMALL, Publisher
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.protocol.members.peers import Peer
@@ -160,6 +161,8 @@ class Node:
         peers: inboxes of nodes to join, "tcp://host:port"; one that can be reached is enough to find the rest.
         discovery: "mdns", "static" (only `peers` and whom they know), or "both".
         history_bytes: how much of what was published is kept in memory for repairs.
+        buffer_bytes: how much more, of what forwarders have yet to acknowledge, before publishers wait.
+        acks: the number of forwarders that must have a message on disk before it is durable.
 
     Raises:
         SetupError: it cannot be opened as asked; says what to change.
@@ -176,8 +179,10 @@ class Node:
         peers: Sequence[str] = (),
         discovery: Literal["mdns", "static", "both"] = "both",
         history_bytes: int | None = None,
+        buffer_bytes: int | None = None,
+        acks: int = 1,
     ) -> None:
-        config = Config.make(name, bus, key, interface, peers, discovery, history_bytes)
+        config = Config.make(name, bus, key, interface, peers, discovery, history_bytes, buffer_bytes, acks)
         self._closed = True  # until it is open
         self._loop = asyncio.new_event_loop()
         self._engine = Engine(config, self._loop)
@@ -194,16 +199,32 @@ class Node:
 
     # --- publish ---------------------------------------------------------------------------------
 
-    def publish(self, topic: str, value: object, *, headers: dict[str, Any] | None = None) -> int:
+    def publish(
+        self,
+        topic: str,
+        value: object,
+        *,
+        headers: dict[str, Any] | None = None,
+        durable: bool = False,
+        timeout: float | None = None,
+    ) -> int:
         """Send a value to every subscriber of a topic; returns its seq: 1, 2, 3 … for each topic of this node.
 
-        At low rates it is sent at once; in a burst, messages gather for at most about a millisecond.
+        At low rates it is sent at once; in a burst, messages gather for at most about a millisecond. Forwarders that
+        claim the topic journal it; while they have too much to catch up with, this waits.
+
+        Args:
+            durable: return when the message is on a forwarder's disk, and not before.
+            timeout: seconds to wait for that, or for room; None: no limit, except that a topic which no forwarder
+                claims is given 5 s to find one.
 
         Raises:
             TopicError: the topic breaks the grammar.
             UnsupportedValue: the value, or a header, cannot be carried by msgpack; names the type.
             MessageTooLarge: it is larger than 64 MiB.
             TooManyStreams: this node publishes on 100,000 topics already.
+            BufferFull: there was no room within `timeout`; nothing was published.
+            NotDurable: it was published, but is not known to be on disk. It is kept, and may yet come there.
             NodeClosed: the node has been closed.
         """
         try:
@@ -211,7 +232,8 @@ class Node:
         except KeyError:
             publisher = self._engine.outlet.publisher(topic)
         full = publisher.full
-        if full and headers is None:  # as in `Publisher.send`: one call less is a fifth less for the most frequent case
+        if full and headers is None and timeout is None and not durable:
+            # As in `Publisher.send`: one call less is a fifth less for the most frequent case.
             kind = type(value)
             if (kind is bytes or (kind is str and value.isascii())) and len(value) <= SMALL:  # type: ignore[attr-defined, arg-type]
                 seq = next(publisher.seqs)
@@ -221,22 +243,31 @@ class Node:
                 if not publisher.full:
                     publisher.flush_to(seq + 1)
                 return seq
-        return publisher.send(value, headers)
+        if timeout is not None:
+            wait_for_room(self._engine.outlet, publisher, timeout)
+        seq = publisher.send(value, headers)
+        if durable:
+            wait_until_durable(self._engine.outlet, publisher, seq, timeout)
+        return seq
 
     def publisher(self, topic: str) -> Publisher:
         """A topic made ready for hot loops: `send(value)` is `publish(topic, value)` without the look-up."""
         return self._engine.outlet.publisher(topic)
 
     def flush(self, timeout: float | None = None) -> None:
-        """Send at once what a burst is gathering, and wait until the socket has taken all of it.
+        """Send at once what a burst is gathering, and wait until all that was published so far has left: to the socket,
+        and, on topics that a forwarder claims, to its disk.
 
         Raises:
+            NotDurable: some of it is not known to be on disk after `timeout` seconds.
             NodeClosed: the node has been closed.
         """
         if self._engine.refusal is not None:
             raise self._engine.refusal
-        self._engine.outlet.flush_all()
-        self._engine.outlet.make_room(inf if timeout is None else timeout)
+        outlet = self._engine.outlet
+        outlet.flush_all()
+        outlet.make_room(timeout=inf if timeout is None else timeout)
+        wait_until_all_durable(outlet, timeout)
 
     # --- subscribe -------------------------------------------------------------------------------
 

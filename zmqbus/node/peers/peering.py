@@ -52,11 +52,14 @@ class Host(Streams, Protocol):
 
     intakes: dict[int, Intake]
 
+    def forwarders_changed(self) -> None:
+        """A forwarder came or went, or claims other topics."""
+
     def emit(self, event: Event) -> None:
         """Something happened."""
 
-    def serve(self, identity: bytes, command: Command) -> None:
-        """A command that is not about peering."""
+    def serve(self, identity: bytes, origin: int, command: Command) -> None:
+        """A command of a peer that is not about peering."""
 
 
 class Peering:
@@ -175,13 +178,19 @@ class Peering:
                 case Forget(origin=origin):
                     self._forget(origin)
                 case PeerJoined(peer=peer):
+                    if peer.journal:
+                        self._host.forwarders_changed()
                     for intake in self._host.intakes.values():
                         intake.sources_changed()
                     self._host.emit(output)
                 case PeerLeft(peer=peer, reason=reason):
+                    if peer.journal:
+                        self._host.forwarders_changed()
                     self._left(peer, reason)
                     self._host.emit(output)
                 case PeerChanged(peer=peer):
+                    if peer.journal:
+                        self._host.forwarders_changed()
                     if peer.origin in self.links:
                         self._hearing.attach(peer.origin, self.links[peer.origin])
                 case DuplicateName():
@@ -331,6 +340,7 @@ class Peering:
             epoch=body.epoch,
             role=body.role,
             claims=tuple(body.claims),
+            journal=body.journal,
             host=body.host,
             pid=body.pid,
             version=body.release,
@@ -376,7 +386,7 @@ class Peering:
         if origin is None:
             self.inbox.answer(identity, commands.Error("hello", "say HELLO first"), command.request)
         elif not self.registry.on_command(identity, origin, command):
-            self._host.serve(identity, command)
+            self._host.serve(identity, origin, command)
 
     def _on_answer(self, link: Link, command: Command) -> None:
         """Something came back that no question waits for."""

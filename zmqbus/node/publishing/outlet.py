@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from math import inf
 from threading import Lock
 
 from zmqbus.errors import ForkedProcess, TooManyStreams
 from zmqbus.net.clock import now, sleep, time_ns
+from zmqbus.node.publishing.durability import wait_for_room
 from zmqbus.node.publishing.publisher import EAGER, GATHER, TICK, TURN, Publisher
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.protocol import frames
+from zmqbus.protocol.streams.acks import Ledger
 from zmqbus.protocol.streams.history import Fetched, History, fetch
 from zmqbus.protocol.streams.ring import BATCH_MESSAGES_MAX, ROOM_MIN
 from zmqbus.protocol.topics import Matcher, encode_topic
@@ -39,13 +41,15 @@ class Outlet:
         self,
         broadcast: Broadcast,
         origin: int,
-        history_bytes: int,
+        history: History,
+        acks: int,
         start_ticking: Callable[[], None],
         in_turns: Callable[[], None] | None,
     ) -> None:
         self.origin = origin
         self.lock = Lock()
-        self.history = History(history_bytes)
+        self.history = history
+        self.ledger = Ledger(history, acks)
         self.publishers: dict[str, Publisher] = {}
         self.broadcast = broadcast
         self.backlog = broadcast.backlog
@@ -81,7 +85,10 @@ class Outlet:
                     raise self.refusal
                 if len(self.publishers) >= STREAMS_MAX and topic not in self.publishers:
                     raise TooManyStreams(STREAMS_MAX)
-                publisher = self.publishers.setdefault(topic, Publisher(self, topic, encoded))
+                if (publisher := self.publishers.get(topic)) is None:
+                    publisher = Publisher(self, topic, encoded)
+                    self.ledger.opened(topic, publisher.shelf)
+                    self.publishers[topic] = publisher
         return publisher
 
     # --- what publishers call, under the lock ------------------------------------------------------
@@ -96,14 +103,19 @@ class Outlet:
             elif len(self._gathering) >= TURN_MESSAGES_MAX:
                 self.crowded.append(None)
 
-    def make_room(self, timeout: float = inf) -> None:
+    def make_room(self, publisher: Publisher | None = None, timeout: float = inf) -> None:
         """Wait, for no longer than the broadcast's patience, until the backlog is sent. Not in asyncio.
 
+        A publisher whose stream forwarders are to acknowledge then waits until the buffer has room for more.
         Takes the lock itself.
         """
+        if self.pace == TURN:
+            return
         deadline = now() + timeout
-        while self.pace != TURN and not self.push() and now() < deadline:
+        while not self.push() and now() < deadline:
             sleep(TICK / 2)
+        if publisher is not None and self.history.full:
+            wait_for_room(self, publisher, inf)
 
     def count(self, size: int, count: int, time: int) -> None:
         """A frame of `count` messages was sent at `time`. Is this a burst?"""
@@ -111,7 +123,7 @@ class Outlet:
         self.frames += 1
         self.bytes += size
         if self.pace == TURN:
-            if self.backlog or self.messages - self._tick_messages >= TURN_MESSAGES_MAX:
+            if self.backlog or self.history.full or self.messages - self._tick_messages >= TURN_MESSAGES_MAX:
                 self.crowded.append(None)
         elif self.pace == EAGER:
             if time - self._window_ns > BURST_NS:
@@ -135,7 +147,7 @@ class Outlet:
         with self.lock:
             self._flush_gathering()
             self._tick_messages = self.messages
-            self.crowded[:] = [None] if self.backlog else []
+            self.crowded[:] = [None] if self.backlog or self.history.full else []
 
     def _flush_gathering(self) -> None:
         gathering, self._gathering = self._gathering, []
@@ -171,7 +183,7 @@ class Outlet:
         """For FETCH: what the history holds."""
         with self.lock:
             publisher = self.publishers.get(topic.decode(errors="replace"))
-            return fetch(publisher.entries, first, last, bytes_max) if publisher else Fetched([], last)
+            return fetch(publisher.shelf.entries, first, last, bytes_max) if publisher else Fetched([], last)
 
     def topics(self, skip: int, most: int) -> list[tuple[bytes, int, int]]:
         """For STATISTICS: (topic, last seq, bytes) of streams in order of first use."""
@@ -200,6 +212,29 @@ class Outlet:
             for publisher in list(islice(self._quiet, HEADS_PER_HEARTBEAT)):
                 publisher.send_head()
                 self._quiet.move_to_end(publisher)
+            for publisher in self._unacked():
+                publisher.send_head()
+
+    def _unacked(self) -> list[Publisher]:
+        """Streams of which an acknowledgement is due, and may have been lost on its way: a HEAD asks for it again."""
+        owing = (
+            publisher
+            for topic, account in self.ledger.accounts.items()
+            if account.claimants and account.durable < (publisher := self.publishers[topic]).sent
+        )
+        return list(islice(owing, HEADS_PER_HEARTBEAT))
+
+    # --- forwarders --------------------------------------------------------------------------------
+
+    def claimed(self, journal: int, patterns: Sequence[str]) -> None:
+        """A forwarder is there, and claims these topics."""
+        with self.lock:
+            self.ledger.claimed(journal, patterns, {topic: p.shelf for topic, p in self.publishers.items()})
+
+    def acked(self, journal: int, heads: Sequence[tuple[bytes, int]], full: bool) -> None:
+        """A forwarder acknowledges what it has on disk."""
+        with self.lock:
+            self.ledger.acked(journal, [(topic.decode(errors="replace"), seq) for topic, seq in heads], full)
 
     def refuse(self, reason: Exception) -> None:
         """Nothing can be published any more, but what has been is still sent: by a `flush_all` that is to follow.

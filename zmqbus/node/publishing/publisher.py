@@ -24,7 +24,7 @@ from zmqbus.net.clock import sleep, time_ns
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.protocol import frames
 from zmqbus.protocol.frames import EXTERNAL_BYTES_MIN, MESSAGE_BYTES_MAX, encode_value, encode_values
-from zmqbus.protocol.streams.history import Entry, History
+from zmqbus.protocol.streams.history import History, Shelf
 from zmqbus.protocol.streams.ring import BATCH_MESSAGES_MAX, Ring
 
 BATCH_BYTES_MAX = 128 * 1024
@@ -62,8 +62,8 @@ class Streams(Protocol):
     def count(self, size: int, count: int, time: int) -> None:
         """A frame of `count` messages was sent at `time`."""
 
-    def make_room(self) -> None:
-        """Wait until the backlog is sent."""
+    def make_room(self, publisher: Publisher) -> None:
+        """Wait until the backlog is sent, and what the forwarders have not acknowledged fits the buffer."""
 
 
 class Publisher(Ring):
@@ -83,11 +83,11 @@ class Publisher(Ring):
         "_out",
         "_quiet",
         "_size",
-        "entries",
         "full",
         "prefix",
         "sent_bytes",
         "seqs",
+        "shelf",
         "topic",
     )
 
@@ -95,7 +95,7 @@ class Publisher(Ring):
         super().__init__()
         self.topic = topic
         self.prefix = encoded + b"\0"
-        self.entries: deque[Entry] = deque()  # this stream's part of the history
+        self.shelf = Shelf()  # this stream's part of the history
         self.sent_bytes = 0
         self._out = out
         self.seqs = count(1)  # gives no seq twice, whoever draws
@@ -171,8 +171,8 @@ class Publisher(Ring):
                 self._transmitted(parts, len(parts[0]), 1, time)
             else:
                 self._put(seq, item, size)
-        if out.backlog:
-            out.make_room()
+        if out.backlog or out.history.full:
+            out.make_room(self)
         return seq
 
     def send_late(self, seq: int, item: bytes | str | Raw, size: int) -> int:
@@ -182,8 +182,8 @@ class Publisher(Ring):
             if out.closed and out.refusal is not None:
                 raise out.refusal
             self._put(seq, item, size)
-        if out.backlog:
-            out.make_room()
+        if out.backlog or out.history.full:
+            out.make_room(self)
         return seq
 
     def _send_large(self, value: object, headers: dict[str, Any] | None) -> int:
@@ -213,8 +213,8 @@ class Publisher(Ring):
             else:
                 self._externals[seq] = frames.EXTERNAL, b"\x91" + packed
             self._put(seq, Raw(packed if size < EXTERNAL_BYTES_MIN else NIL), size)
-        if out.backlog:
-            out.make_room()
+        if out.backlog or out.history.full:
+            out.make_room(self)
         return seq
 
     def _put(self, seq: int, item: bytes | str | Raw, size: int) -> None:
@@ -242,8 +242,13 @@ class Publisher(Ring):
             if out.closed and out.refusal is not None:
                 raise out.refusal
             self._flush(end if self.full else 0)  # what may lie behind it has nobody else if nothing gathers
-        if out.backlog:
-            out.make_room()
+        if out.backlog or out.history.full:
+            out.make_room(self)
+
+    def send_now(self) -> None:
+        """Send what is gathered."""
+        with self._out.lock:
+            self.flush()
 
     def flush(self) -> None:
         """Send what is stored. What follows is seen to anew. Under the lock."""
@@ -309,7 +314,7 @@ class Publisher(Ring):
         first = self.sent + 1
         self.sent += count
         self.sent_bytes += size
-        out.history.append(self.entries, first, first + count, parts)
+        out.history.append(self.shelf, first, first + count, parts)
         if size >= BALLAST_BYTES:
             ballast = (frames.encode_frame(self.prefix, frames.BALLAST, 0, 0, out.origin, 0, time),)
             for _ in range(size // BALLAST_BYTES):

@@ -63,12 +63,11 @@ class Intake:
         patterns: Sequence[str],
         feed: Feed,
         driver: Driver,
-        sources: Callable[[str, int], Sequence[int]],
+        tracker: Tracker,
         *,
-        value_type: Any,
-        history: int,
-        raise_gaps: bool,
-        observes: bool,
+        value_type: Any = None,
+        raise_gaps: bool = False,
+        observes: bool = False,
     ) -> None:
         self.number = number
         self.observes = observes
@@ -82,7 +81,7 @@ class Intake:
         self.gaps: deque[Gap] = deque(maxlen=GAPS_KEPT)
         self.messages = 0
         self.closed: Exception | None = None
-        self.tracker = Tracker(patterns, sources, history=history)
+        self.tracker = tracker
         self.before_close: Callable[[], None] = lambda: None  # on the engine's thread, while the socket is still there
         self._driver = driver
         self._inbox: deque[Callable[[], None]] = deque()

@@ -55,6 +55,8 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     role: str = "node"
     claims: tuple[str, ...] = ()
     """Patterns of the topics that it journals."""
+    journal: int = 0
+    """The number of its journal, the same after a restart; 0: it has none."""
     host: str = ""
     pid: int = 0
     version: str = ""

@@ -1,6 +1,12 @@
-"""The publisher's history: recent batches of all its streams, bounded by bytes, to repair from.
+"""The publisher's history: recent batches of all its streams, to repair from, and those that nobody has acknowledged.
 
-Sans-IO. Batches are kept whole and verbatim; the oldest of any stream leave first.
+Sans-IO. Batches are kept whole and verbatim; the oldest of any stream leave first. One that a forwarder is to
+acknowledge and has not stays when its time has come: it is *pinned*. Both kinds are bounded, each by its own bytes.
+
+    a stream's shelf   | pinned … | recent … |
+                         ▲          ▲
+                         │          └ leave when `bytes` exceeds its bound, if `keep_from` is beyond them; else pinned
+                         └ leave when `release` puts `keep_from` beyond them
 """
 
 from __future__ import annotations
@@ -9,7 +15,9 @@ from collections import deque
 from typing import NamedTuple
 
 HISTORY_BYTES_MAX = 64 * 1024 * 1024
+BUFFER_BYTES_MAX = 64 * 1024 * 1024  # what may be pinned before publishers wait
 ENTRY_BYTES = 280  # what Python spends on a batch beside its bytes; keeps the bound honest for tiny batches
+NOTHING = 2**64  # as `keep_from`: no message is to be kept until it is acknowledged
 
 Entry = tuple[int, int, tuple[bytes, ...], int]  # first, end, parts, cost in bytes
 
@@ -21,22 +29,59 @@ class Fetched(NamedTuple):
     last: int
 
 
+class Shelf:
+    """One stream's part of the history."""
+
+    __slots__ = ("entries", "keep_from", "pinned")
+
+    def __init__(self) -> None:
+        self.entries: deque[Entry] = deque()
+        self.keep_from = NOTHING
+        """Messages from this seq on are to be kept until they are acknowledged."""
+        self.pinned = 0
+        """How many of the first entries are there for that reason only."""
+
+
 class History:
-    """Keeps what was sent, up to `bytes_max` bytes."""
+    """Keeps what was sent, up to `bytes_max` bytes, and beside that up to `buffer_bytes_max` which must be kept."""
 
-    def __init__(self, bytes_max: int = HISTORY_BYTES_MAX) -> None:
+    def __init__(self, bytes_max: int = HISTORY_BYTES_MAX, buffer_bytes_max: int = BUFFER_BYTES_MAX) -> None:
         self.bytes_max = bytes_max
+        self.buffer_bytes_max = buffer_bytes_max
         self.bytes = 0
-        self._order: deque[deque[Entry]] = deque()  # of every batch, oldest first: the stream it is in
+        self.pinned_bytes = 0
+        self.full = False
+        """Whether more is pinned than should be: then streams that somebody is to acknowledge have to wait."""
+        self._order: deque[Shelf] = deque()  # of every batch that is not pinned, oldest first: where it is
 
-    def append(self, stream: deque[Entry], first: int, end: int, parts: tuple[bytes, ...]) -> None:
-        """Keep a batch of `stream`; each stream's batches must come in order, without holes."""
+    def append(self, shelf: Shelf, first: int, end: int, parts: tuple[bytes, ...]) -> None:
+        """Keep a batch of a stream; each stream's batches must come in order, without holes."""
         cost = ENTRY_BYTES + sum(map(len, parts))
-        stream.append((first, end, parts, cost))
-        self._order.append(stream)
+        shelf.entries.append((first, end, parts, cost))
+        self._order.append(shelf)
         self.bytes += cost
         while self.bytes > self.bytes_max:
-            self.bytes -= self._order.popleft().popleft()[3]
+            self._retire()
+
+    def _retire(self) -> None:
+        shelf = self._order.popleft()
+        _, end, _, cost = shelf.entries[shelf.pinned]
+        self.bytes -= cost
+        if end > shelf.keep_from:
+            shelf.pinned += 1
+            self.pinned_bytes += cost
+            self.full = self.pinned_bytes > self.buffer_bytes_max
+        else:
+            shelf.entries.popleft()  # none is pinned: those before it were acknowledged before it
+
+    def release(self, shelf: Shelf, keep_from: int) -> None:
+        """All before `keep_from` is acknowledged, or NOTHING is to be."""
+        shelf.keep_from = keep_from
+        entries = shelf.entries
+        while shelf.pinned and entries[0][1] <= keep_from:
+            shelf.pinned -= 1
+            self.pinned_bytes -= entries.popleft()[3]
+        self.full = self.pinned_bytes > self.buffer_bytes_max
 
 
 def fetch(stream: deque[Entry], first: int, last: int, bytes_max: int) -> Fetched:

@@ -104,6 +104,8 @@ class Tracker:
     """All streams of one subscription.
 
     `sources(topic, origin)` names the nodes to ask for a repair, best first, of those that can be reached now.
+    `resume(topic, origin)` names the seq to go on from in a stream that is met for the first time here, but has been
+    tracked before; 1 where it has not.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Tracker:
         *,
         history: int = 0,
         held_bytes_max: int = HELD_BYTES_MAX,
+        resume: Callable[[bytes, int], int] | None = None,
     ) -> None:
         self.ready: deque[Ready] = deque()
         """What to deliver now, in order: (stream, batch, how many of its first messages to skip), or a Gap."""
@@ -129,6 +132,7 @@ class Tracker:
         self._matches = Matcher(patterns).matches
         self._sources = sources
         self._history = history
+        self._resume = resume
         self._registered: set[int] = set()  # origins whose HEADS are complete
         self._forgotten: dict[int, int] = {}  # origins that had registered, oldest first -> number of streams and 1
         self._forgotten_streams = 0  # the sum of that
@@ -312,6 +316,8 @@ class Tracker:
             topic = key[0].decode()
         except UnicodeDecodeError:
             return None
+        if self._resume is not None and (known := self._resume(*key)) > 1:
+            start = owed = known
         stream = Stream(topic, key, start, start, owed) if self._matches(topic) else None
         self.streams[key] = stream
         return stream

@@ -1,0 +1,309 @@
+"""`Forwarder`: journal, node and log service brought together. One asyncio loop, the caller's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from zmqbus.errors import JournalError, NodeClosed, NoSpace, ZmqbusError
+from zmqbus.forwarder.acks import Acks
+from zmqbus.forwarder.committer import Committer
+from zmqbus.forwarder.ingest import Ingest, JournalTracker
+from zmqbus.forwarder.readings import Readings
+from zmqbus.forwarder.worker import Worker
+from zmqbus.journal import Commit, Journal, Retention
+from zmqbus.net.clock import now, time_ns
+from zmqbus.net.keys import BusKey
+from zmqbus.node.config import Config
+from zmqbus.node.engine import Engine
+from zmqbus.node.events import AsyncEventStream, Warned
+from zmqbus.node.receiving.feed import Feed
+from zmqbus.node.receiving.intake import Intake
+from zmqbus.node.serving import Counters
+from zmqbus.node.wiring.links import Inbox
+from zmqbus.protocol import commands
+from zmqbus.protocol.commands import Command
+from zmqbus.protocol.topics import check_pattern
+
+CLOSE_TIMEOUT = 5.0
+
+
+class Forwarder:
+    """A node that journals the topics it claims: `async with Forwarder("/var/lib/zmqbus") as forwarder: …`.
+
+    Args:
+        journal: the directory of its journal, made if it does not exist. One forwarder at a time has it.
+        topics: patterns of the topics it claims.
+        bytes_max: bound of the journal, in bytes; None: the disk's.
+        age_max: seconds for which messages are kept at least, and not much longer; None: for ever.
+        on_full: what happens when there is no room and durable subscriptions still need the oldest messages:
+            "reject" new ones, so that publishers wait, or "drop_oldest".
+        name, bus, key, interface, peers, discovery: as of `Node`.
+
+    Raises, on entering:
+        JournalUnavailable, JournalLocked, JournalVersion, JournalCorrupt, NoSpace, JournalFailed: see each.
+        SetupError, KeyFileError, AuthError: as of `Node`.
+    """
+
+    role = "forwarder"
+
+    def __init__(
+        self,
+        journal: str | Path,
+        *,
+        topics: Sequence[str] = (">",),
+        bytes_max: int | None = None,
+        age_max: float | None = None,
+        on_full: Literal["reject", "drop_oldest"] = "reject",
+        name: str | None = None,
+        bus: str = "default",
+        key: str | Path | BusKey | None = None,
+        interface: str | None = None,
+        peers: Sequence[str] = (),
+        discovery: Literal["mdns", "static", "both"] = "both",
+    ) -> None:
+        for pattern in topics:
+            check_pattern(pattern)
+        self.claims = list(topics)
+        self.path = str(journal)
+        self.journal = 0
+        """The number of its journal, once open."""
+        self._config = Config.make(name, bus, key, interface, peers, discovery, 0, None, 1)
+        age_max_ns = None if age_max is None else int(age_max * 1e9)
+        self._retention = Retention(bytes_max, age_max_ns, on_full == "drop_oldest")
+        self._failure: asyncio.Future[None] | None = None
+        self._ingest: Ingest | None = None
+        self._draining: asyncio.Handle | asyncio.TimerHandle | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._store: Journal | None = None
+
+    # --- life --------------------------------------------------------------------------------------
+
+    async def open(self) -> Forwarder:
+        """Recover the journal, and join the bus."""
+        self._loop = loop = asyncio.get_running_loop()
+        self._failure = loop.create_future()
+        self._failure.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits
+        self._store = journal = await asyncio.to_thread(
+            Journal.open, self.path, now_ns=time_ns(), retention=self._retention
+        )
+        self.journal = journal.number
+        self._acks = Acks(self.journal)
+        self._writing = Worker(loop, "zmqbus journal")
+        self._reading = Worker(loop, "zmqbus log")
+        self._committer = Committer(journal, loop, self._writing, self._committed, self._room, self._failed)
+        self._readings = Readings(journal, loop, self._reading, self._committer, self._warn)
+        self._engine = Engine(self._config, loop, self._turn_soon, self)
+        try:
+            await self._engine.open()
+        except BaseException:
+            await self._close_journal()
+            raise
+        self._subscribe()
+        return self
+
+    async def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
+        """Leave the bus, commit what was received, and let go of the journal. May be called twice."""
+        if self._store is None:
+            return
+        if self._opening is not None:
+            self._opening.cancel()
+        self._drain_later(None)
+        if self._ingest is not None:
+            self._drain()
+        try:
+            await self._engine.close(timeout)
+        finally:
+            await self._close_journal()
+
+    async def _close_journal(self) -> None:
+        journal, self._store = self._store, None
+        assert journal is not None
+        await self._committer.close()
+        self._readings.close()
+        await asyncio.to_thread(self._reading.close)
+        await asyncio.to_thread(self._writing.close)
+        await asyncio.to_thread(journal.close, time_ns())
+
+    async def failed(self) -> None:
+        """Wait for the end that nobody wants: raises JournalFailed or JournalCorrupt when the journal is broken."""
+        assert self._failure is not None
+        await asyncio.shield(self._failure)
+
+    async def __aenter__(self) -> Forwarder:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # --- facts -------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self._config.name
+
+    @property
+    def origin(self) -> int:
+        """The id of its node, new at every start."""
+        return self._engine.origin
+
+    @property
+    def endpoints(self) -> dict[str, str]:
+        """Where its node can be reached."""
+        return self._engine.peering.endpoints
+
+    def events(self) -> AsyncEventStream:
+        """What happens from now on: PeerJoined, PeerLeft, Gap, Warned, …"""
+        stream = AsyncEventStream(self._engine.forget_listener)
+        self._engine.add_listener(stream)
+        return stream
+
+    def statistics(self) -> Counters:
+        """Figures since start, by name."""
+        return {**self._engine.counters(), **self.counters()}
+
+    def counters(self) -> Counters:
+        """Of the journal."""
+        journal, times = self._store, sorted(self._committer.sync_seconds)
+        if journal is None:
+            return {}
+        return {
+            "journal_path": self.path,
+            "journal_bytes": journal.bytes_used,
+            "journal_segments": len(journal.segments),
+            "journal_first_offset": journal.first_offset,
+            "journal_next_offset": journal.durable_offset,
+            "journal_streams": len(journal.known),
+            "journal_full": str(journal.full or ""),
+            "journal_messages": self._ingest.messages if self._ingest is not None else 0,
+            "commits": self._committer.commits,
+            "fsync_p50_ms": 1e3 * times[len(times) // 2] if times else 0.0,
+            "fsync_max_ms": 1e3 * times[-1] if times else 0.0,
+            "readings": len(self._readings),
+        }
+
+    def cursors(self) -> list[tuple[str, int, bool]]:
+        """Name, offset, and whether somebody reads under it."""
+        return self._readings.cursors()
+
+    # --- in ----------------------------------------------------------------------------------------
+
+    def _subscribe(self) -> None:
+        self._opening = self._loop.create_task(self._attach())
+
+    async def _attach(self) -> None:
+        journal, engine = self._store, self._engine
+        assert journal is not None
+
+        def make(number: int, feed: Feed) -> Intake:
+            tracker = JournalTracker(self.claims, engine.sources, journal, self._due)
+            self._ingest = Ingest(number, self.claims, feed, engine, tracker, journal)
+            return self._ingest
+
+        with contextlib.suppress(NodeClosed):
+            intake = await engine.attach(self.claims, make, lambda: self._drain_later(0.0))
+            descriptor = intake.fd
+            self._loop.add_reader(descriptor, self._drain)
+            intake.before_close = partial(self._unwatch, descriptor)
+            self._drain()
+
+    def _unwatch(self, descriptor: int) -> None:
+        self._loop.remove_reader(descriptor)
+
+    def _drain_later(self, delay: float | None) -> None:
+        """Look again after so many seconds, and not before; None: not by a timer."""
+        if self._draining is not None:
+            self._draining.cancel()
+            self._draining = None
+        if delay is not None:
+            self._draining = self._loop.call_later(delay, self._drain) if delay else self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        """Append what has arrived, and have it written."""
+        ingest = self._ingest
+        if ingest is None or ingest.closed is not None:
+            return
+        delay: float | None = None
+        try:
+            if ingest.is_behind:
+                pass  # the next commit comes back here
+            elif ingest.take(0) is not None:
+                delay = None if ingest.is_behind else 0.0
+            elif (due := ingest.timer()) is not None:
+                delay = max(0.001, due - now())
+        except NoSpace:
+            self._committer.check_room()
+            return
+        except JournalError as error:
+            self._failed(error)
+            return
+        self._drain_later(delay)
+        self._committer.pump()
+        self._tell()
+
+    def _committed(self, commit: Commit) -> None:
+        for topic, origin, seq in commit.acked:
+            self._acks.add(topic, origin, seq)
+        self._tell()
+        self._readings.grown()
+        if self._ingest is not None and not self._committer.full:
+            self._drain_later(0.0)
+
+    def _due(self, topic: bytes, origin: int) -> None:
+        """A publisher may not have heard what of its stream is on disk."""
+        journal = self._store
+        if journal is not None and (head := journal.head(topic, origin)).durable:
+            self._acks.add(topic, origin, head.durable)
+
+    def _tell(self) -> None:
+        for origin, ack in self._acks.take(self._committer.full):
+            if (link := self._engine.peering.links.get(origin)) is not None:
+                link.send(ack)
+
+    def _room(self, full: bool) -> None:
+        """The journal is full, or no longer. While it is, nobody should wait for us."""
+        for origin, link in self._engine.peering.links.items():
+            link.send(commands.Ack(self.journal, origin, [], full))
+        journal, ingest = self._store, self._ingest
+        assert journal is not None
+        if full:
+            self._warn(f"{journal.full}: nothing more is accepted until there is room")
+            self._ingest = None
+            self._drain_later(None)
+            if self._opening is not None:
+                self._opening.cancel()
+            if ingest is not None:
+                self._engine.dispose(ingest)
+        else:
+            self._warn(f"journal {self.path} has room again")
+            self._subscribe()
+
+    # --- out ---------------------------------------------------------------------------------------
+
+    def serve(self, inbox: Inbox, identity: bytes, origin: int, command: Command) -> bool:
+        """Answer a command. False: it is not one of ours."""
+        return self._readings.serve(inbox, identity, origin, command)
+
+    # --- inside ------------------------------------------------------------------------------------
+
+    def _turn_soon(self) -> None:
+        self._loop.call_soon(self._engine.outlet.flush_all)
+
+    def _warn(self, reason: str) -> None:
+        self._engine.emit(Warned(reason))
+
+    def _failed(self, error: BaseException) -> None:
+        assert self._failure is not None
+        if not self._failure.done():
+            self._failure.set_exception(error if isinstance(error, ZmqbusError) else ZmqbusError(repr(error)))
+        if (ingest := self._ingest) is not None:
+            self._ingest = None
+            self._engine.dispose(ingest)

@@ -1,0 +1,109 @@
+"""The forwarder's subscription: batches off the socket, in order and once, into the journal. Nothing is decoded.
+
+A gap ends in a repair or in an exact `Gap`, as for every subscriber; only then a later batch is accepted behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from zmqbus.errors import RemoteProtocolError
+from zmqbus.journal import Appended, Journal
+from zmqbus.node.receiving.feed import Feed
+from zmqbus.node.receiving.intake import Driver, Intake
+from zmqbus.protocol.frames import HEADER_BYTES, Batch
+from zmqbus.protocol.message import Message
+from zmqbus.protocol.streams.tracking import Gap, Stream, Tracker
+
+UNWRITTEN_BYTES_MAX = 32 * 1024 * 1024  # appended and not yet written: beyond that the socket is left alone
+TURN_BATCHES = 64  # taken before other work has its turn
+EVERYTHING = 2**62  # as history: all that publishers still have
+
+# What `take` returns when it should be called again, later.
+ENOUGH = Message("", None, 0, 0, 0.0)
+
+
+class JournalTracker(Tracker):
+    """Tracks what is journaled, from where the journal has it; and notices when an acknowledgement is due again."""
+
+    def __init__(
+        self,
+        patterns: Iterable[str],
+        sources: Callable[[str, int], Sequence[int]],
+        journal: Journal,
+        due: Callable[[bytes, int], None],
+    ) -> None:
+        super().__init__(patterns, sources, history=EVERYTHING, resume=journal.expected)
+        self._due = due
+
+    def observe_head(self, topic: bytes, origin: int, following: int, now: float) -> None:
+        super().observe_head(topic, origin, following, now)
+        self._due(topic, origin)
+
+    def heads(self, origin: int, heads: Iterable[tuple[bytes, int]], more: bool, now: float) -> None:
+        heads = list(heads)
+        super().heads(origin, heads, more, now)
+        for topic, _ in heads:
+            self._due(topic, origin)
+
+
+class Ingest(Intake):
+    """`take` appends to the journal what there is, and returns None when that is all, or ENOUGH."""
+
+    def __init__(
+        self, number: int, patterns: Sequence[str], feed: Feed, driver: Driver, tracker: Tracker, journal: Journal
+    ) -> None:
+        super().__init__(number, patterns, feed, driver, tracker)
+        self._journal = journal
+        self._budget = TURN_BATCHES
+        self._holes: dict[tuple[bytes, int], int] = {}  # one past what was declared lost, for the next batch
+
+    def take(self, patience_ms: int) -> Message | None:
+        """Append what is there. Raises NoSpace, JournalFailed."""
+        self._budget = TURN_BATCHES
+        return super().take(patience_ms)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the disk has to catch up first."""
+        return self._journal.buffered_bytes > UNWRITTEN_BYTES_MAX
+
+    def _decode(self, stream: Stream, frame: bytes, size: int, first: int, time_ns: int) -> Message | None:
+        payload = memoryview(frame)[self._body - HEADER_BYTES :]
+        topic, origin = stream.key
+        if self._journal.append(topic, origin, first, size, time_ns, payload) is not Appended.ACCEPTED:
+            self._append(stream, Batch(topic, 0, size, origin, first, time_ns, (frame,)))
+        return self._accepted(size)
+
+    def _decode_batch(self, topic: str, batch: Batch, skip: int) -> Message | None:
+        stream = self.tracker.streams[batch.topic, batch.origin]
+        assert stream is not None
+        self._append(stream, batch)
+        return self._accepted(batch.count)
+
+    def _accepted(self, count: int) -> Message | None:
+        self.messages += count
+        self._budget -= 1
+        return None if self._budget > 0 and not self.is_behind else ENOUGH
+
+    def _append(self, stream: Stream, batch: Batch, allow_gap: bool = False) -> None:
+        frame, *external = batch.parts
+        payload = memoryview(frame)[len(batch.topic) + 1 :]
+        appended = self._journal.append(
+            batch.topic, batch.origin, batch.first, batch.count, batch.time_ns, payload, *external, allow_gap=allow_gap
+        )
+        if appended is Appended.GAP:
+            # Known to be lost, and reported; or it was published before we came, and is in no history any more.
+            lost = max(self._holes.pop(stream.key, 0), stream.owed)
+            expected = self._journal.expected(batch.topic, batch.origin)
+            if batch.first > max(lost, expected):
+                self._lost(Gap(stream.topic, batch.origin, max(lost, expected), batch.first - 1))
+            self._append(stream, batch, allow_gap=True)
+        elif appended is Appended.OVERLAP:  # somebody has cut the stream into other batches than before
+            expected = self._journal.expected(batch.topic, batch.origin)
+            self._driver.garbage(RemoteProtocolError(f"batch {batch.first} of {stream.topic} was cut anew"))
+            self._lost(Gap(stream.topic, batch.origin, expected, batch.end - 1))
+
+    def _lost(self, gap: Gap) -> None:
+        self._holes[gap.topic.encode(), gap.origin] = gap.last + 1
+        super()._lost(gap)

@@ -1,0 +1,201 @@
+"""Waiting for forwarders: until a message is on disk, until all are, until there is room. Both faces.
+
+What is waited for is the `Ledger`'s to know; a `Tally` is who waits. The outlet's lock is held for both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from math import inf
+from threading import Lock
+from typing import Protocol
+
+from zmqbus.errors import BufferFull, NotDurable
+from zmqbus.net.clock import now, sleep
+from zmqbus.node.publishing.publisher import TURN, Publisher
+from zmqbus.protocol.streams.acks import Ledger
+from zmqbus.protocol.streams.history import History
+
+CLAIM_PATIENCE = 5.0  # seconds that a durable publish waits for some forwarder to claim its topic: one may be starting
+ROOM_POLL = 0.002  # seconds between looks for room in the buffer; it is a wait for a disk, or for somebody's repair
+
+
+class Accounts(Protocol):
+    """What is needed of the outlet."""
+
+    lock: Lock
+    ledger: Ledger
+    history: History
+    publishers: dict[str, Publisher]
+    refusal: Exception | None
+    pace: int
+
+    def flush_all(self) -> None:
+        """Send everything that has been gathered."""
+
+
+class Tally:
+    """Waits for one or many messages; calls `wake` once, when all are durable or one will not be for now."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self.left = 1  # one more than are waited for, until all are known
+        self.problem: str | None = None
+        self._wake = wake
+
+    def done(self, problem: str | None) -> None:
+        """Of one message."""
+        if self.left and self.problem is None:
+            self.left -= 1
+            self.problem = problem
+            if not self.left or problem is not None:
+                self._wake()
+
+
+def watch(out: Accounts, publisher: Publisher, seq: int, tally: Tally) -> bool:
+    """Wait for one message. Returns whether anybody claims it."""
+    with out.lock:
+        if out.pace != TURN:  # there others may be about to publish in this turn, and to wait together
+            publisher.flush()
+        account = out.ledger.account(publisher.topic, publisher.shelf)
+        tally.left += 1
+        out.ledger.wait(account, seq, tally)
+        tally.done(None)
+        return bool(account.claimants)
+
+
+def is_claimed(out: Accounts, publisher: Publisher) -> bool:
+    """Whether some forwarder is to acknowledge this stream."""
+    account = out.ledger.accounts.get(publisher.topic)
+    return account is not None and bool(account.claimants)
+
+
+def watch_all(out: Accounts, tally: Tally) -> None:
+    """Wait for everything published so far on streams that are claimed."""
+    out.flush_all()
+    with out.lock:
+        for topic, account in out.ledger.accounts.items():
+            sent = out.publishers[topic].sent
+            if account.claimants and account.durable < sent:
+                tally.left += 1
+                out.ledger.wait(account, sent, tally)
+        tally.done(None)
+
+
+def unacked(out: Accounts) -> int:
+    """Messages on claimed streams that are not known to be on disk."""
+    with out.lock:
+        accounts = out.ledger.accounts.items()
+        return sum(max(0, out.publishers[topic].sent - a.durable) for topic, a in accounts if a.claimants)
+
+
+def failure(out: Accounts, tally: Tally, publisher: Publisher, seq: int, timeout: float) -> NotDurable:
+    """The error for one message whose waiting has ended in vain."""
+    with out.lock:
+        out.ledger.forget(tally)
+    if tally.problem is not None:
+        return NotDurable(1, tally.problem, seq)
+    if not is_claimed(out, publisher):
+        reason = f"no forwarder on the bus claims {publisher.topic}; start one: zmqbus forwarder --journal DIR"
+        return NotDurable(1, reason, seq)
+    return NotDurable(1, f"no acknowledgement within {timeout:g} s", seq)
+
+
+def failure_of_all(out: Accounts, tally: Tally, timeout: float) -> NotDurable:
+    """The same for all that was published."""
+    with out.lock:
+        out.ledger.forget(tally)
+    return NotDurable(unacked(out), tally.problem or f"no acknowledgement within {timeout:g} s")
+
+
+# --- for threads ---------------------------------------------------------------------------------
+
+
+def wait_for_room(out: Accounts, publisher: Publisher, timeout: float) -> None:
+    """Raises BufferFull if for `timeout` seconds there is none."""
+    deadline = now() + timeout
+    while out.history.full and out.refusal is None and is_claimed(out, publisher):
+        if now() >= deadline:
+            raise BufferFull(publisher.topic, out.history.pinned_bytes, timeout)
+        sleep(ROOM_POLL)
+
+
+def wait_until_durable(out: Accounts, publisher: Publisher, seq: int, timeout: float | None) -> None:
+    """Raises NotDurable."""
+    bell = Lock()
+    bell.acquire()
+    tally = Tally(bell.release)
+    deadline = inf if timeout is None else now() + timeout
+    claimed = watch(out, publisher, seq, tally)
+    while not bell.acquire(timeout=_left(deadline, claimed)):
+        if now() >= deadline or not (claimed or is_claimed(out, publisher)):
+            raise failure(out, tally, publisher, seq, timeout or CLAIM_PATIENCE)
+        claimed = True
+    if tally.problem is not None:
+        raise failure(out, tally, publisher, seq, 0)
+
+
+def wait_until_all_durable(out: Accounts, timeout: float | None) -> None:
+    """Raises NotDurable."""
+    bell = Lock()
+    bell.acquire()
+    tally = Tally(bell.release)
+    watch_all(out, tally)
+    if not bell.acquire(timeout=-1 if timeout is None else max(0.0, timeout)) or tally.problem is not None:
+        raise failure_of_all(out, tally, timeout or 0.0)
+
+
+def _left(deadline: float, claimed: bool) -> float:
+    left = max(0.0, deadline - now())
+    if not claimed:
+        left = min(left, CLAIM_PATIENCE)
+    return -1 if left == inf else left
+
+
+# --- for asyncio ---------------------------------------------------------------------------------
+
+
+async def room(out: Accounts, publisher: Publisher, timeout: float) -> None:
+    """As `wait_for_room`."""
+    deadline = now() + timeout
+    while out.history.full and out.refusal is None and is_claimed(out, publisher):
+        if now() >= deadline:
+            raise BufferFull(publisher.topic, out.history.pinned_bytes, timeout)
+        await asyncio.sleep(ROOM_POLL)
+
+
+async def durable(out: Accounts, publisher: Publisher, seq: int, timeout: float | None) -> None:
+    """As `wait_until_durable`."""
+    bell: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    tally = Tally(lambda: _ring(bell))
+    deadline = inf if timeout is None else now() + timeout
+    claimed = watch(out, publisher, seq, tally)
+    try:
+        while True:
+            left = _left(deadline, claimed)
+            done, _ = await asyncio.wait((bell,), timeout=None if left < 0 else left)
+            if done:
+                break
+            if now() >= deadline or not (claimed or is_claimed(out, publisher)):
+                raise failure(out, tally, publisher, seq, timeout or CLAIM_PATIENCE)
+            claimed = True
+    finally:
+        bell.cancel()
+    if tally.problem is not None:
+        raise failure(out, tally, publisher, seq, 0)
+
+
+async def all_durable(out: Accounts, timeout: float | None) -> None:
+    """As `wait_until_all_durable`."""
+    bell: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    tally = Tally(lambda: _ring(bell))
+    watch_all(out, tally)
+    done, _ = await asyncio.wait((bell,), timeout=timeout)
+    if not done or tally.problem is not None:
+        bell.cancel()
+        raise failure_of_all(out, tally, timeout or 0.0)
+
+
+def _ring(bell: asyncio.Future[None]) -> None:
+    if not bell.done():
+        bell.set_result(None)

@@ -1,0 +1,79 @@
+"""What a node answers its peers: its messages again, and how it is. What more a forwarder says is an `Extension`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from zmqbus.node.publishing.outlet import Outlet
+from zmqbus.node.wiring.links import Inbox
+from zmqbus.protocol import commands
+from zmqbus.protocol.commands import Command
+
+TOPICS_PER_STATS = 1000
+FETCH_BYTES = 1024 * 1024  # per answer: large enough to be quick, small enough to share the link
+
+Counters = dict[str, int | float | str]
+
+
+class Extension(Protocol):
+    """What makes a node more than a node. All of it on the engine's loop."""
+
+    role: str
+    claims: list[str]
+    journal: int
+
+    def serve(self, inbox: Inbox, identity: bytes, origin: int, command: Command) -> bool:
+        """Answer a command. False: it is not one of ours."""
+
+    def counters(self) -> Counters:
+        """Figures beside those of every node."""
+
+    def cursors(self) -> list[tuple[str, int, bool]]:
+        """Name, offset, and whether somebody reads under it."""
+
+
+class Service:
+    """Answers commands that are not about peering."""
+
+    def __init__(
+        self, origin: int, outlet: Outlet, inbox: Inbox, counters: Callable[[], Counters], extension: Extension | None
+    ) -> None:
+        self.fetches = self.fetch_bytes = 0
+        self._origin = origin
+        self._outlet = outlet
+        self._inbox = inbox
+        self._counters = counters
+        self._extension = extension
+
+    def serve(self, identity: bytes, origin: int, command: Command) -> None:
+        """Answer `command` of the node `origin`."""
+        body = command.body
+        match body:
+            case commands.Fetch(origin=whose) if whose == self._origin:
+                held = self._outlet.fetch(body.topic, body.first, body.last, min(body.bytes, FETCH_BYTES))
+                self.fetches += 1
+                self.fetch_bytes += sum(map(len, held.parts))
+                answer = commands.Batches(body.topic, body.origin, body.first, held.last)
+                self._inbox.answer(identity, answer, command.request, held.parts)
+            case commands.Ack(origin=whose) if whose == self._origin:
+                self._outlet.acked(body.journal, body.heads, body.full)
+            case commands.Stats():
+                self._inbox.answer(identity, self._statistics(body), command.request)
+            case _ if self._extension is not None and self._extension.serve(self._inbox, identity, origin, command):
+                pass
+            case commands.Fetch(origin=whose):
+                error = commands.Error("origin", f"this node does not keep messages of {whose:016x}")
+                self._inbox.answer(identity, error, command.request)
+            case commands.Ack():
+                pass  # of what an earlier run of this node, or another, has published
+            case commands.Read() | commands.Credit() | commands.Commit() | commands.Unread() | commands.Offer():
+                self._inbox.answer(identity, commands.Error("journal", "this node has no journal"), command.request)
+            case _:
+                error = commands.Error("unexpected", f"{type(body).__name__} makes no sense here")
+                self._inbox.answer(identity, error, command.request)
+
+    def _statistics(self, body: commands.Stats) -> commands.Statistics:
+        topics = self._outlet.topics(body.skip, TOPICS_PER_STATS) if body.topics else []
+        cursors = self._extension.cursors() if self._extension is not None else []
+        return commands.Statistics(self._counters(), topics, len(topics) == TOPICS_PER_STATS, cursors)
