@@ -115,9 +115,7 @@ class Committer:
                         self.full = False
                         self._on_full(False)
                 elif (
-                    commits == self.commits
-                    and not self._busy
-                    and (ticket := journal.checkpoint(time_ns())) is not None
+                    commits == self.commits and not self._busy and (ticket := journal.checkpoint(time_ns())) is not None
                 ):
                     self._sync(ticket)
                 commits = self.commits

@@ -46,7 +46,8 @@ from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS
 from zmqbus.protocol.frames import decode_batches
 from zmqbus.protocol.members.peers import Peer
 from zmqbus.protocol.streams.history import History
-from zmqbus.protocol.streams.tracking import Fetch, Gap, Tracker
+from zmqbus.protocol.streams.stream import Fetch, Gap
+from zmqbus.protocol.streams.tracking import Tracker
 from zmqbus.protocol.topics import Matcher, check_pattern, covering_prefixes
 
 HEARTBEAT_PERIOD = 1.0

@@ -29,7 +29,7 @@ from zmqbus.node.publishing.publisher import SMALL, TICK, Publisher
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.protocol.members.peers import Peer
 from zmqbus.protocol.message import Message
-from zmqbus.protocol.streams.tracking import Gap
+from zmqbus.protocol.streams.stream import Gap
 
 SHIFT = 0.002  # seconds for which a consumer may take what is there without a turn of the loop
 

@@ -30,7 +30,7 @@ from zmqbus.node.publishing.publisher import SMALL, Publisher
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.protocol.members.peers import Peer
 from zmqbus.protocol.message import Message
-from zmqbus.protocol.streams.tracking import Gap
+from zmqbus.protocol.streams.stream import Gap
 
 T = TypeVar("T")
 CLOSE_TIMEOUT = 2.0
