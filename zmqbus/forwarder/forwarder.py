@@ -12,19 +12,19 @@ from typing import Literal
 
 from zmqbus.errors import JournalError, NodeClosed, NoSpace, ZmqbusError
 from zmqbus.forwarder.acks import Acks
-from zmqbus.forwarder.committer import Committer
 from zmqbus.forwarder.ingest import Ingest, JournalTracker
 from zmqbus.forwarder.readings import Readings
-from zmqbus.forwarder.worker import Worker
 from zmqbus.journal import Commit, Journal, Retention
 from zmqbus.net.clock import now, time_ns
 from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import AsyncEventStream, Warned
+from zmqbus.node.peers.serving import Counters
 from zmqbus.node.receiving.feed import Feed
 from zmqbus.node.receiving.intake import Intake
-from zmqbus.node.serving import Counters
+from zmqbus.node.storing.committer import Committer
+from zmqbus.node.storing.worker import Worker
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Command

@@ -12,11 +12,11 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from zmqbus.errors import JournalCorrupt, JournalError, NoSpace, TopicError
-from zmqbus.forwarder.committer import Committer
-from zmqbus.forwarder.worker import Worker
 from zmqbus.journal import Batch, Cursor, Journal, Reader, fetch, find_time
 from zmqbus.net.clock import now
-from zmqbus.node.serving import FETCH_BYTES
+from zmqbus.node.peers.serving import FETCH_BYTES
+from zmqbus.node.storing.committer import Committer
+from zmqbus.node.storing.worker import Worker
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import END, LOG_BATCHES_MAX, Command, Error, Log

@@ -33,12 +33,12 @@ from zmqbus.node import RELEASE
 from zmqbus.node.config import Config
 from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
 from zmqbus.node.peers.peering import Peering
+from zmqbus.node.peers.serving import FETCH_BYTES, Counters, Extension, Service
 from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
-from zmqbus.node.serving import FETCH_BYTES, Counters, Extension, Service
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands

@@ -350,22 +350,23 @@ class AsyncNode:
             publisher = self._publishers[topic]
         except KeyError:
             publisher = self._at_home().outlet.publisher(topic)
-        kind = type(value)
+        if durable or timeout is not None:
+            outlet = self._at_home().outlet
+            if timeout is not None:
+                await room(outlet, publisher, timeout)
+            if durable:
+                return await durability.durably_published(outlet, publisher, value, headers, timeout)
         # As in `Node.publish`.
-        if headers is None and timeout is None and kind is bytes and len(value) <= SMALL and publisher.full:  # type: ignore[arg-type]
+        if headers is None and type(value) is bytes and len(value) <= SMALL and publisher.full:
             seq = next(publisher.seqs)
             if seq < publisher.full:
                 publisher.ring[seq & publisher.mask] = value
             else:
-                publisher.send_late(seq, value, 0)  # type: ignore[arg-type]
+                publisher.send_late(seq, value, 0)
         else:
-            if timeout is not None:
-                await room(self._at_home().outlet, publisher, timeout)
             seq = publisher.send(value, headers)
         if self._crowded:
             await self._give_way(publisher)
-        if durable:
-            await durability.durable(self._at_home().outlet, publisher, seq, timeout)
         return seq
 
     def publisher(self, topic: str) -> AsyncPublisher:

@@ -25,7 +25,7 @@ from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import EventStream, TopicInfo, Undelivered
-from zmqbus.node.publishing.durability import wait_for_room, wait_until_all_durable, wait_until_durable
+from zmqbus.node.publishing.durability import publish_durably, wait_for_room, wait_until_all_durable
 from zmqbus.node.publishing.publisher import SMALL, Publisher
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.protocol.members.peers import Peer
@@ -245,10 +245,9 @@ class Node:
                 return seq
         if timeout is not None:
             wait_for_room(self._engine.outlet, publisher, timeout)
-        seq = publisher.send(value, headers)
         if durable:
-            wait_until_durable(self._engine.outlet, publisher, seq, timeout)
-        return seq
+            return publish_durably(self._engine.outlet, publisher, value, headers, timeout)
+        return publisher.send(value, headers)
 
     def publisher(self, topic: str) -> Publisher:
         """A topic made ready for hot loops: `send(value)` is `publish(topic, value)` without the look-up."""

@@ -31,13 +31,14 @@ class Waiter(Protocol):
 class Account:
     """One stream's acknowledgements."""
 
-    __slots__ = ("claimants", "durable", "heads", "shelf", "topic", "waiting")
+    __slots__ = ("claimants", "durable", "heads", "holds", "shelf", "topic", "waiting")
 
     def __init__(self, topic: str, shelf: Shelf) -> None:
         self.topic = topic
         self.shelf = shelf
         self.claimants: set[int] = set()
         self.heads: dict[int, int] = {}  # by journal: all up to this seq is there
+        self.holds = 0  # who is about to wait for a message: until it is durable it must not be lost
         self.durable = 0
         """Everything up to this seq is on as many disks as are wanted."""
         self.waiting: list[tuple[int, int, Waiter]] = []  # a heap by seq
@@ -103,6 +104,11 @@ class Ledger:
             account = self.accounts[topic] = Account(topic, shelf)
         return account
 
+    def hold(self, account: Account, number: int) -> None:
+        """So many more (or, if negative, fewer) are about to wait for a message on this stream."""
+        account.holds += number
+        self._keep(account)
+
     def wait(self, account: Account, seq: int, waiter: Waiter) -> None:
         """Tell `waiter` when the message is durable; perhaps at once."""
         if seq <= account.durable:
@@ -125,7 +131,7 @@ class Ledger:
         self._keep(account)
 
     def _keep(self, account: Account) -> None:
-        self._history.release(account.shelf, account.durable + 1 if account.claimants else NOTHING)
+        self._history.release(account.shelf, account.durable + 1 if account.claimants or account.holds else NOTHING)
 
     def _common(self, account: Account) -> int:
         """The seq that as many journals as are wanted have reached."""
