@@ -260,8 +260,12 @@ class AsyncNode:
         history_bytes: int | None = None,
         buffer_bytes: int | None = None,
         acks: int = 1,
+        outbox: str | Path | None = None,
+        outbox_bytes: int | None = None,
     ) -> None:
-        self._config = Config.make(name, bus, key, interface, peers, discovery, history_bytes, buffer_bytes, acks)
+        self._config = Config.make(
+            name, bus, key, interface, peers, discovery, history_bytes, buffer_bytes, acks, outbox, outbox_bytes
+        )
         self._crowded: list[None] = []
         self._publishers: dict[str, Publisher] = {}
         self._opened: Engine | None = None

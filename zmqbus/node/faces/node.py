@@ -163,10 +163,14 @@ class Node:
         history_bytes: how much of what was published is kept in memory for repairs.
         buffer_bytes: how much more, of what forwarders have yet to acknowledge, before publishers wait.
         acks: the number of forwarders that must have a message on disk before it is durable.
+        outbox: a directory for durable messages, this node's own. They are durable when they are there, and are handed
+            to a forwarder whenever one appears, in this run or a later one.
+        outbox_bytes: its bound; default 1 GiB.
 
     Raises:
         SetupError: it cannot be opened as asked; says what to change.
         KeyFileError, AuthError: the key cannot be used.
+        JournalError: the outbox cannot be used; says why.
     """
 
     def __init__(
@@ -181,8 +185,12 @@ class Node:
         history_bytes: int | None = None,
         buffer_bytes: int | None = None,
         acks: int = 1,
+        outbox: str | Path | None = None,
+        outbox_bytes: int | None = None,
     ) -> None:
-        config = Config.make(name, bus, key, interface, peers, discovery, history_bytes, buffer_bytes, acks)
+        config = Config.make(
+            name, bus, key, interface, peers, discovery, history_bytes, buffer_bytes, acks, outbox, outbox_bytes
+        )
         self._closed = True  # until it is open
         self._loop = asyncio.new_event_loop()
         self._engine = Engine(config, self._loop)

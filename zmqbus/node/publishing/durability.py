@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from zmqbus.errors import BufferFull, NotDurable
 from zmqbus.net.clock import now, sleep
-from zmqbus.node.publishing.publisher import TURN, Publisher
+from zmqbus.node.publishing.publisher import TURN, Keeper, Publisher
 from zmqbus.protocol.streams.acks import Ledger
 from zmqbus.protocol.streams.history import History
 
@@ -30,6 +30,7 @@ class Accounts(Protocol):
     publishers: dict[str, Publisher]
     refusal: Exception | None
     pace: int
+    outbox: Keeper | None
 
     def flush_all(self) -> None:
         """Send everything that has been gathered."""
@@ -55,6 +56,8 @@ class Tally:
 def hold(out: Accounts, publisher: Publisher, number: int = 1) -> None:
     """What is published next on this stream is kept until it is durable; -1: no longer for our sake."""
     with out.lock:
+        if out.outbox is not None:
+            out.outbox.keep(publisher)
         out.ledger.hold(out.ledger.account(publisher.topic, publisher.shelf), number)
 
 

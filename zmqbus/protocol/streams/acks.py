@@ -64,7 +64,7 @@ class Ledger:
         self._full.discard(journal)
         for topic, shelf in streams.items():
             if matches(topic):
-                self._claim(self.account(topic, shelf), journal)
+                self.claim(self.account(topic, shelf), journal)
             elif (account := self.accounts.get(topic)) is not None:
                 account.claimants.discard(journal)
                 self._keep(account)
@@ -73,7 +73,7 @@ class Ledger:
         """A stream begins."""
         for journal, matches in self._claims.items():
             if matches(topic):
-                self._claim(self.account(topic, shelf), journal)
+                self.claim(self.account(topic, shelf), journal)
 
     def acked(self, journal: int, heads: Iterable[tuple[str, int]], full: bool) -> None:
         """A forwarder acknowledges all of these streams up to these seqs; `full`: it takes nothing more for now."""
@@ -104,6 +104,11 @@ class Ledger:
             account = self.accounts[topic] = Account(topic, shelf)
         return account
 
+    def claim(self, account: Account, journal: int) -> None:
+        """A stream is to be acknowledged by this journal, too."""
+        account.claimants.add(journal)
+        self._keep(account)
+
     def hold(self, account: Account, number: int) -> None:
         """So many more (or, if negative, fewer) are about to wait for a message on this stream."""
         account.holds += number
@@ -125,10 +130,6 @@ class Ledger:
                 account.waiting = sorted(entry for entry in account.waiting if entry[2] is not waiter)
 
     # --- inside ------------------------------------------------------------------------------------
-
-    def _claim(self, account: Account, journal: int) -> None:
-        account.claimants.add(journal)
-        self._keep(account)
 
     def _keep(self, account: Account) -> None:
         self._history.release(account.shelf, account.durable + 1 if account.claimants or account.holds else NOTHING)
