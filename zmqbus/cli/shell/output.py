@@ -113,7 +113,7 @@ class Losses(Protocol):
 
 def loss_report(losses: Losses, name: Callable[[int], str]) -> str:
     """`nothing lost`, or how much, and below it which messages, by publisher and range."""
-    from zmqbus.cli.render import escape
+    from zmqbus.cli.messages.render import escape
 
     if not losses.lost:
         return "nothing lost"

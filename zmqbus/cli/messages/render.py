@@ -21,8 +21,8 @@ from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-from zmqbus.cli.forms import FIELDS, Fields, human_age, human_bytes, human_rate, moment, rfc3339
-from zmqbus.cli.where import MISSING, lookup
+from zmqbus.cli.messages.forms import FIELDS, Fields, human_age, human_bytes, human_rate, moment, rfc3339
+from zmqbus.cli.messages.where import MISSING, lookup
 from zmqbus.errors import FormatError
 from zmqbus.protocol.message import Message
 
