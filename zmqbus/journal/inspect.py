@@ -139,9 +139,12 @@ class View:
             return ActiveIndex(segment)  # empty: start at the segment's beginning
         return load_index(self.storage, segment, write=False)
 
-    def batches(self, start: int = 0, accept: Accept | None = None) -> Iterator[Batch | Finding]:
+    def batches(
+        self, start: int = 0, accept: Accept | None = None, progress: Progress | None = None
+    ) -> Iterator[Batch | Finding]:
         """Every batch from an offset on, in order; a Finding for each stretch of offsets that is no more.
 
+        `progress` counts offsets here, those passed over as well.
         Raises JournalCorrupt at damage, after everything before it.
         """
         reader = Reader(self, start, accept)
@@ -152,6 +155,8 @@ class View:
                     found += (_no_more(self.path, first, last) for first, last in reader.dropped)
                     found.sort(key=lambda item: item.offset or 0)
                 yield from found
+                if progress is not None:
+                    progress(reader.offset - start, self.durable_offset - start)
         finally:
             reader.close()
         if self.damage is not None:

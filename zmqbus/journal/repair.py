@@ -150,6 +150,9 @@ class Salvage:
         for item in self.batches(self.findings):
             if self.segment is None and isinstance(item, int):
                 self.findings[-1] = self.findings[-1]._replace(offset=self.base_offset, lost=item)
+                if following is None:
+                    text = f"{self.findings[-1].text}; how many messages it held is not known, at most so many"
+                    self.findings[-1] = self.findings[-1]._replace(text=text)
                 self.next_offset = self.base_offset + item
 
     def _from_index(self, directory: str, name: str) -> Segment | None:
