@@ -3,8 +3,9 @@
 One sync is under way at a time; what is appended meanwhile goes into the next. The first to be appended waits LINGER
 for others, unless somebody waits for it (`urgent`), or much has come already: so a forwarder costs those who publish at
 a low rate, and the disk, next to nothing. A small commit on a disk that has lately been as quick as a change of threads
-is synced here and now; once it was not, the thread waits for it again. Beside that, on the thread: retention, looking for room on a full disk, and moving cursors. A failed disk is the
-end: `on_failure` is told, once, and nothing more is written.
+is synced here and now; once it was not, the thread waits for it again. Beside that, on the thread: retention, looking
+for room on a full disk, and moving cursors. A failed disk is the end: `on_failure` is told, once, and nothing more is
+written.
 """
 
 from __future__ import annotations
