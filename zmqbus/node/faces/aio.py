@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Sequence
 from math import inf
 from pathlib import Path
 from types import TracebackType
@@ -236,6 +236,13 @@ class AsyncPublisher:
     async def send(self, value: object, headers: dict[str, Any] | None = None) -> int:
         """Publish a value; returns its seq, the same as `AsyncNode.publish`."""
         seq = self._send(value, headers)
+        if self._crowded:
+            await self._node._give_way(self._publisher)
+        return seq
+
+    async def send_many(self, values: Iterable[object]) -> int:
+        """See `Publisher.send_many`."""
+        seq = self._publisher.send_many(values)
         if self._crowded:
             await self._node._give_way(self._publisher)
         return seq

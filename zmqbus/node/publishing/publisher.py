@@ -13,7 +13,8 @@ When a subscriber's queue is full, frames wait in the `Broadcast`'s backlog, and
 from __future__ import annotations
 
 from collections import deque
-from itertools import count
+from collections.abc import Iterable
+from itertools import count, islice
 from threading import Lock
 from typing import Any, Protocol
 
@@ -161,6 +162,43 @@ class Publisher(Ring):
             self.flush_to(seq + 1)
         return seq
 
+    def send_many(self, values: Iterable[object]) -> int:
+        """Publish many values, each as a message of its own; returns the seq of the last one, 0 if there is none.
+
+        Where values come in numbers, as lines of a file do, this costs a fraction of as many calls of `send`.
+
+        Raises:
+            As `send`, of the first value that cannot be published. Those before it have been.
+        """
+        seq, rest = 0, iter(values)
+        while chunk := list(islice(rest, BATCH_MESSAGES_MAX)):
+            try:
+                payload = encode_values(chunk)
+            except Exception:  # whatever it is: it is found out below, and told of the value that it concerns
+                payload = b""
+            if 0 < len(payload) <= BATCH_BYTES_MAX:
+                seq = self._send_packed(payload, len(chunk))
+            else:
+                for value in chunk:
+                    seq = self.send(value)
+        return seq
+
+    def _send_packed(self, payload: bytes, number: int) -> int:
+        """A whole batch."""
+        out = self._out
+        with out.lock:
+            if out.refusal is not None:
+                raise out.refusal
+            seqs = list(islice(self.seqs, number))  # by one call, so that nobody draws one of these in between
+            first = seqs[0]
+            self._wait_for(first - 1)
+            self._transmit(0, payload, first, number)
+            if self.full:
+                self.full = self.sent + 1 + min(self.room, out.share)
+        if out.backlog or out.history.full:
+            out.make_room(self)
+        return first + number - 1
+
     @property
     def seq(self) -> int:
         """Seq of the last message published. Under the lock."""
@@ -237,11 +275,7 @@ class Publisher(Ring):
         out = self._out
         if seq >= (self.full or self.sent + 1 + self.room):
             self._flush(self.full)
-        while seq > self.sent + self.room:  # another thread has drawn a seq, and not got round to filling its slot
-            out.lock.release()
-            sleep(TICK / 10)
-            out.lock.acquire()
-            self._flush()
+        self._wait_for(seq - self.room)
         self.ring[seq & self.mask] = item
         self._size += size
         if out.pace == EAGER or out.refusal is not None or self._externals or self._size >= BATCH_BYTES_MAX:
@@ -249,6 +283,15 @@ class Publisher(Ring):
         elif not self.full:
             out.expect(self)
             self.full = self.sent + 1 + min(self.room, out.share)
+
+    def _wait_for(self, seq: int) -> None:
+        """Send everything up to `seq`. Under the lock, which may be released in between."""
+        while self.sent < seq:
+            self._flush()
+            if self.sent < seq:  # another thread has drawn a seq, and not got round to filling its slot
+                self._out.lock.release()
+                sleep(TICK / 10)
+                self._out.lock.acquire()
 
     def flush_to(self, end: int) -> None:
         """A message before `end` was stored: a batch is full, or the tick that was to flush it has passed."""
