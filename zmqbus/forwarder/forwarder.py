@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from zmqbus.errors import JournalError, NodeClosed, NoSpace, ZmqbusError
+from zmqbus.errors import JournalError, NodeClosed, NoSpace, TopicError, ZmqbusError
 from zmqbus.forwarder.acks import Acks
 from zmqbus.forwarder.committer import Committer
+from zmqbus.forwarder.figures import NOTE_PERIOD, Pace, median_and_longest_ms
 from zmqbus.forwarder.ingest import Ingest, JournalTracker
 from zmqbus.forwarder.readings import Readings
 from zmqbus.forwarder.worker import Worker
@@ -27,7 +28,7 @@ from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.serving import Counters
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
-from zmqbus.protocol.commands import Command
+from zmqbus.protocol.commands import PATTERNS_MAX, Command
 from zmqbus.protocol.topics import check_pattern
 
 CLOSE_TIMEOUT = 5.0
@@ -69,6 +70,10 @@ class Forwarder:
     ) -> None:
         for pattern in topics:
             check_pattern(pattern)
+        if not 0 < len(topics) <= PATTERNS_MAX:
+            raise TopicError(
+                " ".join(topics[:5]), f"a forwarder claims 1 to {PATTERNS_MAX} patterns; '>' is everything"
+            )
         self.claims = list(topics)
         self.path = str(journal)
         self.journal = 0
@@ -80,6 +85,7 @@ class Forwarder:
         self._ingest: Ingest | None = None
         self._draining: asyncio.Handle | asyncio.TimerHandle | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._noting: asyncio.TimerHandle | None = None
         self._store: Journal | None = None
 
     # --- life --------------------------------------------------------------------------------------
@@ -93,6 +99,8 @@ class Forwarder:
             Journal.open, self.path, now_ns=time_ns(), retention=self._retention
         )
         self.journal = journal.number
+        self._pace = Pace(now())
+        self._first = journal.durable_offset  # of what this run is given
         self._acks = Acks(self.journal)
         self._writing = Worker(loop, "zmqbus journal")
         self._reading = Worker(loop, "zmqbus log")
@@ -104,6 +112,7 @@ class Forwarder:
         except BaseException:
             await self._close_journal()
             raise
+        self._note()
         self._subscribe()
         return self
 
@@ -113,6 +122,8 @@ class Forwarder:
             return
         if self._opening is not None:
             self._opening.cancel()
+        if self._noting is not None:
+            self._noting.cancel()
         self._drain_later(None)
         if self._ingest is not None:
             self._drain()
@@ -166,29 +177,56 @@ class Forwarder:
         self._engine.add_listener(stream)
         return stream
 
+    @property
+    def quarantined(self) -> list[str]:
+        """Files into which torn tails were put when the journal was recovered. Nobody was promised what is in them."""
+        return [] if self._store is None else list(self._store.quarantined)
+
     def statistics(self) -> Counters:
         """Figures since start, by name."""
         return {**self._engine.counters(), **self.counters()}
 
     def counters(self) -> Counters:
         """Of the journal."""
-        journal, times = self._store, sorted(self._committer.sync_seconds)
+        journal, committer, retention = self._store, self._committer, self._retention
         if journal is None:
             return {}
-        return {
+        time = now()
+        taken = journal.durable_offset - self._first
+        rates = self._pace.rates(time, taken, committer.bytes)
+        median, longest = median_and_longest_ms(committer.sync_seconds)
+        counters: Counters = {
+            "uptime_s": time - self._pace.started_at,
             "journal_path": self.path,
             "journal_bytes": journal.bytes_used,
+            "journal_bytes_max": retention.bytes_max or 0,
+            "journal_age_max_s": (retention.age_max_ns or 0) / 1e9,
+            "journal_on_full": "drop_oldest" if retention.drop_oldest else "reject",
             "journal_segments": len(journal.segments),
             "journal_first_offset": journal.first_offset,
             "journal_next_offset": journal.durable_offset,
             "journal_streams": len(journal.known),
             "journal_full": str(journal.full or ""),
-            "journal_messages": self._ingest.messages if self._ingest is not None else 0,
-            "commits": self._committer.commits,
-            "fsync_p50_ms": 1e3 * times[len(times) // 2] if times else 0.0,
-            "fsync_max_ms": 1e3 * times[-1] if times else 0.0,
+            "journal_messages": taken,
+            "journal_messages_per_s": rates.messages,
+            "journal_bytes_in": committer.bytes,
+            "journal_bytes_in_per_s": rates.bytes,
+            "journal_unacked": journal.next_offset - journal.durable_offset,
+            "cursors": len(journal.cursors.all()),
+            "commits": committer.commits,
+            "fsync_p50_ms": median,
+            "fsync_max_ms": longest,
             "readings": len(self._readings),
         }
+        if committer.committed_at is not None:
+            counters["last_commit_s"] = time - committer.committed_at
+        return counters
+
+    def _note(self) -> None:
+        journal = self._store
+        if journal is not None:
+            self._pace.note(now(), journal.durable_offset - self._first, self._committer.bytes)
+            self._noting = self._loop.call_later(NOTE_PERIOD, self._note)
 
     def cursors(self) -> list[tuple[str, int, bool]]:
         """Name, offset, and whether somebody reads under it."""

@@ -8,7 +8,7 @@ from typing import Protocol
 from zmqbus.node.publishing.outlet import Outlet
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
-from zmqbus.protocol.commands import Command
+from zmqbus.protocol.commands import HEADS_PER_COMMAND, Command
 
 TOPICS_PER_STATS = 1000
 FETCH_BYTES = 1024 * 1024  # per answer: large enough to be quick, small enough to share the link
@@ -75,5 +75,5 @@ class Service:
 
     def _statistics(self, body: commands.Stats) -> commands.Statistics:
         topics = self._outlet.topics(body.skip, TOPICS_PER_STATS) if body.topics else []
-        cursors = self._extension.cursors() if self._extension is not None else []
+        cursors = self._extension.cursors()[:HEADS_PER_COMMAND] if self._extension is not None else []
         return commands.Statistics(self._counters(), topics, len(topics) == TOPICS_PER_STATS, cursors)
