@@ -86,6 +86,7 @@ class Forwarder:
         self._draining: asyncio.Handle | asyncio.TimerHandle | None = None
         self._opening: asyncio.Task[None] | None = None
         self._noting: asyncio.TimerHandle | None = None
+        self._counters: Counters = {}  # in the end
         self._store: Journal | None = None
 
     # --- life --------------------------------------------------------------------------------------
@@ -139,7 +140,10 @@ class Forwarder:
         self._readings.close()
         await asyncio.to_thread(self._reading.close)
         await asyncio.to_thread(self._writing.close)
-        await asyncio.to_thread(journal.close, time_ns())
+        try:
+            await asyncio.to_thread(journal.close, time_ns())
+        finally:
+            self._counters = self._counted(journal)
 
     async def failed(self) -> None:
         """Wait for the end that nobody wants: raises JournalFailed or JournalCorrupt when the journal is broken."""
@@ -188,9 +192,10 @@ class Forwarder:
 
     def counters(self) -> Counters:
         """Of the journal."""
-        journal, committer, retention = self._store, self._committer, self._retention
-        if journal is None:
-            return {}
+        return self._counters if self._store is None else self._counted(self._store)
+
+    def _counted(self, journal: Journal) -> Counters:
+        committer, retention = self._committer, self._retention
         time = now()
         taken = journal.durable_offset - self._first
         rates = self._pace.rates(time, taken, committer.bytes)
