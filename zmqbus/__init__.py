@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from zmqbus.node.publishing.publisher import Publisher
     from zmqbus.protocol.members.peers import DuplicateName, Peer, PeerJoined, PeerLeft
     from zmqbus.protocol.message import Message
-    from zmqbus.protocol.streams.tracking import Gap
+    from zmqbus.protocol.streams.stream import Gap
 
 # Where the names live. They are loaded when first used: `zmqbus --help` needs neither sockets nor mDNS.
 _HOMES = {
@@ -51,7 +51,7 @@ _HOMES = {
     "Event": "node.events",
     "EventStream": "node.events",
     "ForkedProcess": "errors",
-    "Gap": "protocol.streams.tracking",
+    "Gap": "protocol.streams.stream",
     "GapError": "errors",
     "KeyFileError": "errors",
     "Message": "protocol.message",

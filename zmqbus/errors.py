@@ -177,8 +177,9 @@ class WaitTimeout(ZmqbusError, TimeoutError):
 class NotDurable(ZmqbusError):
     """Messages are not known to be on a forwarder's disk. They may be, or may yet come there: the outcome is unknown.
 
-    `unacked` is how many, `seq` which one, if it is about one. They are kept, and handed over when that is possible,
-    each once however often it is tried: `flush()` waits for it. So do not publish them again.
+    `unacked` is how many, `seq` which one, if it is about one. Where a forwarder claims the topic they are kept, and
+    handed over when that is possible, each once however often it is tried: wait for it with `flush()`, and do not
+    publish them again.
     """
 
     def __init__(self, unacked: int, reason: str, seq: int | None = None) -> None:

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from zmqbus import Node, Subscription
-from zmqbus.protocol.streams.tracking import Gap
+from zmqbus.protocol.streams.stream import Gap
 
 ORIGIN = 0xF0E1D2C3B4A59687
 HELLO, WELCOME, BYE, SUBSCRIBE, HEADS, FETCH, BATCHES = 1, 2, 3, 4, 6, 7, 8

@@ -16,16 +16,14 @@ from tracking_simulation import audit, simulate
 
 from zmqbus.protocol.frames import SEQ_MAX, Batch
 from zmqbus.protocol.streams import tracking
+from zmqbus.protocol.streams.stream import SETTLED, Fetch, Gap
 from zmqbus.protocol.streams.tracking import (
     BATCH_BYTES,
     EARLY_BYTES_MAX,
     FETCH_TIMEOUT,
     FETCHES_MAX,
     PATIENCE,
-    SETTLED,
     SOFT_DELAY,
-    Fetch,
-    Gap,
     Tracker,
 )
 

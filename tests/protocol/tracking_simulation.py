@@ -19,19 +19,8 @@ import msgspec
 
 from zmqbus.protocol.frames import DATA, HEAD, Batch, decode_batches, encode_frame, encode_values, parse_header
 from zmqbus.protocol.streams.history import History, Shelf, fetch
-from zmqbus.protocol.streams.tracking import (
-    ASKED,
-    BATCH_BYTES,
-    FETCHES_MAX,
-    PARKED,
-    PATIENCE,
-    QUEUED,
-    SETTLED,
-    Fetch,
-    Gap,
-    Stream,
-    Tracker,
-)
+from zmqbus.protocol.streams.stream import ASKED, PARKED, QUEUED, SETTLED, Fetch, Gap, Stream
+from zmqbus.protocol.streams.tracking import BATCH_BYTES, FETCHES_MAX, PATIENCE, Tracker
 
 LIVE, FETCHED = 1, 2  # time_ns of a batch: where it came from
 STORE = 0xF0  # the origin of the second source

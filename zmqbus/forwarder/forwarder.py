@@ -12,21 +12,21 @@ from typing import Literal
 
 from zmqbus.errors import JournalError, NodeClosed, NoSpace, TopicError, ZmqbusError
 from zmqbus.forwarder.acks import Acks
-from zmqbus.forwarder.committer import Committer
 from zmqbus.forwarder.figures import NOTE_PERIOD, Pace, median_and_longest_ms
 from zmqbus.forwarder.ingest import Ingest, JournalTracker
 from zmqbus.forwarder.readings import Readings
-from zmqbus.forwarder.worker import Worker
 from zmqbus.journal import Commit, Journal, Retention
 from zmqbus.net.clock import now, time_ns
 from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import AsyncEventStream, Warned
+from zmqbus.node.peers.serving import Counters
 from zmqbus.node.receiving.feed import Feed
 from zmqbus.node.receiving.intake import Intake
-from zmqbus.node.serving import Counters
-from zmqbus.node.wiring.links import Inbox
+from zmqbus.node.storing.committer import Committer
+from zmqbus.node.storing.worker import Worker
+from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PATTERNS_MAX, Command
 from zmqbus.protocol.topics import check_pattern
@@ -78,7 +78,7 @@ class Forwarder:
         self.path = str(journal)
         self.journal = 0
         """The number of its journal, once open."""
-        self._config = Config.make(name, bus, key, interface, peers, discovery, 0, None, 1)
+        self._config = Config.make(name, bus, key, interface, peers, discovery, 0, None, 1, None, None)
         age_max_ns = None if age_max is None else int(age_max * 1e9)
         self._retention = Retention(bytes_max, age_max_ns, on_full == "drop_oldest")
         self._failure: asyncio.Future[None] | None = None
@@ -247,7 +247,7 @@ class Forwarder:
         assert journal is not None
 
         def make(number: int, feed: Feed) -> Intake:
-            tracker = JournalTracker(self.claims, engine.sources, journal, self._due)
+            tracker = JournalTracker(self.claims, self._sources, journal, self._due)
             self._ingest = Ingest(number, self.claims, feed, engine, tracker, journal)
             return self._ingest
 
@@ -258,8 +258,25 @@ class Forwarder:
             intake.before_close = partial(self._unwatch, descriptor)
             self._drain()
 
+    def _sources(self, topic: str, origin: int) -> Sequence[int]:
+        sources = self._engine.sources(topic, origin)
+        keeper = self._ingest.tracker.keepers.get(origin) if self._ingest is not None else None
+        return [keeper, *sources] if keeper is not None and self._engine.peering.joined(keeper) else sources
+
     def _unwatch(self, descriptor: int) -> None:
         self._loop.remove_reader(descriptor)
+
+    def _offered(self, keeper: int, offer: commands.Offer) -> None:
+        """A node has messages of one that is no more. Fetched and acknowledged as if they were its own."""
+        if self._ingest is not None and offer.origin not in self._engine.peering.links:
+            self._ingest.tracker.keepers[offer.origin] = keeper
+            self._ingest.heads(offer.origin, offer.heads, more=False)
+            self._drain_later(0.0)
+
+    def _link(self, origin: int) -> Link | None:
+        """To a publisher, or who keeps its messages."""
+        keeper = self._ingest.tracker.keepers.get(origin, origin) if self._ingest is not None else origin
+        return self._engine.peering.links.get(keeper)
 
     def _drain_later(self, delay: float | None) -> None:
         """Look again after so many seconds, and not before; None: not by a timer."""
@@ -308,7 +325,7 @@ class Forwarder:
 
     def _tell(self) -> None:
         for origin, ack in self._acks.take(self._committer.full):
-            if (link := self._engine.peering.links.get(origin)) is not None:
+            if (link := self._link(origin)) is not None:
                 link.send(ack)
 
     def _room(self, full: bool) -> None:
@@ -333,6 +350,9 @@ class Forwarder:
 
     def serve(self, inbox: Inbox, identity: bytes, origin: int, command: Command) -> bool:
         """Answer a command. False: it is not one of ours."""
+        if isinstance(command.body, commands.Offer):
+            self._offered(origin, command.body)
+            return True
         return self._readings.serve(inbox, identity, origin, command)
 
     # --- inside ------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from zmqbus.node.receiving.feed import Feed
 from zmqbus.node.receiving.intake import Driver, Intake
 from zmqbus.protocol.frames import HEADER_BYTES, Batch
 from zmqbus.protocol.message import Message
-from zmqbus.protocol.streams.tracking import Gap, Stream, Tracker
+from zmqbus.protocol.streams.stream import Gap, Stream
+from zmqbus.protocol.streams.tracking import Tracker
 
 UNWRITTEN_BYTES_MAX = 32 * 1024 * 1024  # appended and not yet written: beyond that the socket is left alone
 TURN_BATCHES = 64  # taken before other work has its turn
@@ -33,7 +34,7 @@ class JournalTracker(Tracker):
         journal: Journal,
         due: Callable[[bytes, int], None],
     ) -> None:
-        super().__init__(patterns, sources, history=EVERYTHING, resume=journal.expected)
+        super().__init__(patterns, sources, history=EVERYTHING, resume=journal.expected, patient=True)
         self._due = due
 
     def observe_head(self, topic: bytes, origin: int, following: int, now: float) -> None:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from zmqbus.errors import JournalCorrupt, JournalError, NoSpace, TopicError
-from zmqbus.forwarder.committer import Committer
-from zmqbus.forwarder.worker import Worker
-from zmqbus.journal import Batch, Cursor, Journal, Reader, fetch, find_time
+from zmqbus.journal import Batch, Cursor, Journal, Reader, find_time
 from zmqbus.net.clock import now
-from zmqbus.node.serving import FETCH_BYTES
+from zmqbus.node.storing.committer import Committer
+from zmqbus.node.storing.fetching import answer_fetch
+from zmqbus.node.storing.worker import Worker
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import END, LOG_BATCHES_MAX, Command, Error, Log
@@ -77,7 +77,7 @@ class Readings:
         """Answer a command of the node `origin`. False: it is not one of ours."""
         match command.body:
             case commands.Fetch() as body:
-                self._spawn(self._fetch(inbox, identity, command.request, body))
+                self._spawn(answer_fetch(self._journal, self._worker, inbox, identity, command.request, body))
             case commands.Read() as body:
                 self._spawn(self._begin(Reading(inbox, identity, origin, command, body), body))
             case commands.Credit(id=number) as body:
@@ -227,20 +227,6 @@ class Readings:
             inbox.answer(identity, Error("journal", str(error)[:1000]), request)
         else:
             inbox.answer(identity, body, request)
-
-    async def _fetch(self, inbox: Inbox, identity: bytes, request: int, body: commands.Fetch) -> None:
-        size = min(body.bytes, FETCH_BYTES)
-        try:
-            batches = await self._worker.do(fetch, self._journal, body.topic, body.origin, body.first, body.last, size)
-        except JournalError as error:
-            self._warn(f"a fetch came to nothing: {error}")
-            inbox.answer(identity, Error("journal", str(error)[:1000]), request)
-            return
-        reached = body.last
-        if sum(batch.size for batch in batches) >= size:  # there may be more: ask again
-            reached = min(reached, batches[-1].last_seq)
-        parts = [bytes(part) for batch in batches for part in (batch.frame, batch.external) if part is not None]
-        inbox.answer(identity, commands.Batches(body.topic, body.origin, body.first, reached), request, parts)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

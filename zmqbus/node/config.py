@@ -15,6 +15,8 @@ from zmqbus.net.keys import BusKey
 from zmqbus.net.sockets import NO_KEY, parse_endpoint
 from zmqbus.protocol.streams.history import BUFFER_BYTES_MAX, HISTORY_BYTES_MAX
 
+OUTBOX_BYTES_MAX = 1 << 30
+
 
 class Config(NamedTuple):
     """What a node was asked to be, checked."""
@@ -28,6 +30,8 @@ class Config(NamedTuple):
     history_bytes: int
     buffer_bytes: int
     acks: int
+    outbox: str | None
+    outbox_bytes: int
 
     @classmethod
     def make(
@@ -41,6 +45,8 @@ class Config(NamedTuple):
         history_bytes: int | None,
         buffer_bytes: int | None,
         acks: int,
+        outbox: str | Path | None,
+        outbox_bytes: int | None,
     ) -> Config:
         """Check what a user gave.
 
@@ -70,7 +76,16 @@ class Config(NamedTuple):
             raise SetupError(f"interface {interface} is open to the network: {NO_KEY}")
         history = HISTORY_BYTES_MAX if history_bytes is None else history_bytes
         buffer = BUFFER_BYTES_MAX if buffer_bytes is None else buffer_bytes
-        for what, least, given in (("history_bytes", 0, history), ("buffer_bytes", 0, buffer), ("acks", 1, acks)):
+        kept = OUTBOX_BYTES_MAX if outbox_bytes is None else outbox_bytes
+        limits = (
+            ("history_bytes", 0, history),
+            ("buffer_bytes", 0, buffer),
+            ("acks", 1, acks),
+            ("outbox_bytes", 1, kept),
+        )
+        for what, least, given in limits:
             if not isinstance(given, int) or given < least:
                 raise SetupError(f"{what}={given!r}: use a whole number, {least} or more")
-        return cls(name, bus, key, interface, tuple(peers), discovery != "static", history, buffer, acks)
+        path = None if outbox is None else str(outbox)
+        mdns = discovery != "static"
+        return cls(name, bus, key, interface, tuple(peers), mdns, history, buffer, acks, path, kept)

@@ -33,12 +33,14 @@ from zmqbus.node import RELEASE
 from zmqbus.node.config import Config
 from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
 from zmqbus.node.peers.peering import Peering
+from zmqbus.node.peers.serving import Counters, Extension, Service
 from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
-from zmqbus.node.serving import FETCH_BYTES, Counters, Extension, Service
+from zmqbus.node.storing.fetching import FETCH_BYTES
+from zmqbus.node.storing.outbox import Outbox
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
@@ -46,7 +48,8 @@ from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS
 from zmqbus.protocol.frames import decode_batches
 from zmqbus.protocol.members.peers import Peer
 from zmqbus.protocol.streams.history import History
-from zmqbus.protocol.streams.tracking import Fetch, Gap, Tracker
+from zmqbus.protocol.streams.stream import Fetch, Gap
+from zmqbus.protocol.streams.tracking import Tracker
 from zmqbus.protocol.topics import Matcher, check_pattern, covering_prefixes
 
 HEARTBEAT_PERIOD = 1.0
@@ -85,6 +88,7 @@ class Engine:
         self._factory = SocketFactory(config.key)
         self._zap: ZapHandler | None = None
         self._inbox: Inbox | None = None
+        self._outbox: Outbox | None = None
         self._listeners = Listeners()
         self._numbers = self._heartbeats = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -143,7 +147,11 @@ class Engine:
             ports=ports,
         )
         self._inbox = Inbox(router, self._loop, self.peering.on_command, self.garbage)
-        self._service = Service(self.origin, self.outlet, self._inbox, self._all_counters, self._extension)
+        if config.outbox is not None:
+            self._outbox = await Outbox.open(config, self.outlet, self._loop, self._offer, self._warn)
+        self._service = Service(
+            self.origin, self.outlet, self._inbox, self._all_counters, self._extension, self._outbox
+        )
         self.refusal = None
         self.peering.start(self._inbox)
         self._heartbeat()
@@ -190,6 +198,8 @@ class Engine:
             self._inbox.close()
         if hasattr(self, "outlet"):
             self.outlet.close(LINGER_MS)
+        if self._outbox is not None:
+            await self._outbox.close()
         if self._zap is not None:
             self._zap.close()
         if self._in_turns is None:  # a loop of our own, that has nothing else to do
@@ -327,6 +337,17 @@ class Engine:
         self._forwarders = tuple((peer.origin, Matcher(peer.claims).matches) for peer in present)
         for peer in present:
             self.outlet.claimed(peer.journal, peer.claims)
+        if self._outbox is not None:
+            self._outbox.offer()
+
+    def _offer(self, offer: commands.Offer) -> None:
+        """Tell every forwarder."""
+        for forwarder, _ in self._forwarders:
+            if (link := self.peering.links.get(forwarder)) is not None:
+                link.send(offer)
+
+    def _warn(self, reason: str) -> None:
+        self.emit(Warned(reason))
 
     # --- what intakes want, from the consumers' threads ------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 
 from zmqbus.protocol.members.peers import DuplicateName, PeerJoined, PeerLeft
-from zmqbus.protocol.streams.tracking import Gap
+from zmqbus.protocol.streams.stream import Gap
 
 EVENTS_MAX = 10_000  # waiting for one listener; a listener that does not listen loses the oldest
 EARLY_MAX = 20  # warnings kept for the first listener: a start that goes wrong goes wrong in a few ways

@@ -20,7 +20,7 @@ from zmqbus.cli.shell.stopping import handed_to
 from zmqbus.forwarder import Forwarder
 from zmqbus.node.events import AsyncEventStream, Warned
 from zmqbus.protocol.members.peers import DuplicateName, PeerJoined
-from zmqbus.protocol.streams.tracking import Gap
+from zmqbus.protocol.streams.stream import Gap
 
 STATUS_PERIOD = 1.0  # seconds between two lines at the bottom of a terminal
 TOLD_PERIOD = 10.0  # … and between two that systemd is told

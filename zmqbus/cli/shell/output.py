@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-    from zmqbus.protocol.streams.tracking import Gap
+    from zmqbus.protocol.streams.stream import Gap
 
 BLOCK_BYTES = 64 * 1024  # gathered before it is written, while more comes
 STEP_BYTES = 4096  # at a time: what a pipe that is ready takes without blocking

@@ -25,7 +25,7 @@ from zmqbus.protocol.topics import Matcher, check_pattern
 
 if TYPE_CHECKING:
     from zmqbus.node.faces.node import Subscription
-    from zmqbus.protocol.streams.tracking import Gap
+    from zmqbus.protocol.streams.stream import Gap
 
 
 class Tally:

@@ -29,7 +29,7 @@ from zmqbus.node.publishing.publisher import SMALL, TICK, Publisher
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.protocol.members.peers import Peer
 from zmqbus.protocol.message import Message
-from zmqbus.protocol.streams.tracking import Gap
+from zmqbus.protocol.streams.stream import Gap
 
 SHIFT = 0.002  # seconds for which a consumer may take what is there without a turn of the loop
 
@@ -260,8 +260,12 @@ class AsyncNode:
         history_bytes: int | None = None,
         buffer_bytes: int | None = None,
         acks: int = 1,
+        outbox: str | Path | None = None,
+        outbox_bytes: int | None = None,
     ) -> None:
-        self._config = Config.make(name, bus, key, interface, peers, discovery, history_bytes, buffer_bytes, acks)
+        self._config = Config.make(
+            name, bus, key, interface, peers, discovery, history_bytes, buffer_bytes, acks, outbox, outbox_bytes
+        )
         self._crowded: list[None] = []
         self._publishers: dict[str, Publisher] = {}
         self._opened: Engine | None = None
@@ -350,22 +354,23 @@ class AsyncNode:
             publisher = self._publishers[topic]
         except KeyError:
             publisher = self._at_home().outlet.publisher(topic)
-        kind = type(value)
+        if durable or timeout is not None:
+            outlet = self._at_home().outlet
+            if timeout is not None:
+                await room(outlet, publisher, timeout)
+            if durable:
+                return await durability.durably_published(outlet, publisher, value, headers, timeout)
         # As in `Node.publish`.
-        if headers is None and timeout is None and kind is bytes and len(value) <= SMALL and publisher.full:  # type: ignore[arg-type]
+        if headers is None and type(value) is bytes and len(value) <= SMALL and publisher.full:
             seq = next(publisher.seqs)
             if seq < publisher.full:
                 publisher.ring[seq & publisher.mask] = value
             else:
-                publisher.send_late(seq, value, 0)  # type: ignore[arg-type]
+                publisher.send_late(seq, value, 0)
         else:
-            if timeout is not None:
-                await room(self._at_home().outlet, publisher, timeout)
             seq = publisher.send(value, headers)
         if self._crowded:
             await self._give_way(publisher)
-        if durable:
-            await durability.durable(self._at_home().outlet, publisher, seq, timeout)
         return seq
 
     def publisher(self, topic: str) -> AsyncPublisher:

@@ -25,12 +25,12 @@ from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import EventStream, TopicInfo, Undelivered
-from zmqbus.node.publishing.durability import wait_for_room, wait_until_all_durable, wait_until_durable
+from zmqbus.node.publishing.durability import publish_durably, wait_for_room, wait_until_all_durable
 from zmqbus.node.publishing.publisher import SMALL, Publisher
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.protocol.members.peers import Peer
 from zmqbus.protocol.message import Message
-from zmqbus.protocol.streams.tracking import Gap
+from zmqbus.protocol.streams.stream import Gap
 
 T = TypeVar("T")
 CLOSE_TIMEOUT = 2.0
@@ -163,10 +163,14 @@ class Node:
         history_bytes: how much of what was published is kept in memory for repairs.
         buffer_bytes: how much more, of what forwarders have yet to acknowledge, before publishers wait.
         acks: the number of forwarders that must have a message on disk before it is durable.
+        outbox: a directory for durable messages, this node's own. They are durable when they are there, and are handed
+            to a forwarder whenever one appears, in this run or a later one.
+        outbox_bytes: its bound; default 1 GiB.
 
     Raises:
         SetupError: it cannot be opened as asked; says what to change.
         KeyFileError, AuthError: the key cannot be used.
+        JournalError: the outbox cannot be used; says why.
     """
 
     def __init__(
@@ -181,8 +185,12 @@ class Node:
         history_bytes: int | None = None,
         buffer_bytes: int | None = None,
         acks: int = 1,
+        outbox: str | Path | None = None,
+        outbox_bytes: int | None = None,
     ) -> None:
-        config = Config.make(name, bus, key, interface, peers, discovery, history_bytes, buffer_bytes, acks)
+        config = Config.make(
+            name, bus, key, interface, peers, discovery, history_bytes, buffer_bytes, acks, outbox, outbox_bytes
+        )
         self._closed = True  # until it is open
         self._loop = asyncio.new_event_loop()
         self._engine = Engine(config, self._loop)
@@ -245,10 +253,9 @@ class Node:
                 return seq
         if timeout is not None:
             wait_for_room(self._engine.outlet, publisher, timeout)
-        seq = publisher.send(value, headers)
         if durable:
-            wait_until_durable(self._engine.outlet, publisher, seq, timeout)
-        return seq
+            return publish_durably(self._engine.outlet, publisher, value, headers, timeout)
+        return publisher.send(value, headers)
 
     def publisher(self, topic: str) -> Publisher:
         """A topic made ready for hot loops: `send(value)` is `publish(topic, value)` without the look-up."""

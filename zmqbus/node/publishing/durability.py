@@ -9,11 +9,11 @@ import asyncio
 from collections.abc import Callable
 from math import inf
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 from zmqbus.errors import BufferFull, NotDurable
 from zmqbus.net.clock import now, sleep
-from zmqbus.node.publishing.publisher import TURN, Publisher
+from zmqbus.node.publishing.publisher import TURN, Keeper, Publisher
 from zmqbus.protocol.streams.acks import Ledger
 from zmqbus.protocol.streams.history import History
 
@@ -30,6 +30,7 @@ class Accounts(Protocol):
     publishers: dict[str, Publisher]
     refusal: Exception | None
     pace: int
+    outbox: Keeper | None
 
     def flush_all(self) -> None:
         """Send everything that has been gathered."""
@@ -50,6 +51,14 @@ class Tally:
             self.problem = problem
             if not self.left or problem is not None:
                 self._wake()
+
+
+def hold(out: Accounts, publisher: Publisher, number: int = 1) -> None:
+    """What is published next on this stream is kept until it is durable; -1: no longer for our sake."""
+    with out.lock:
+        if out.outbox is not None:
+            out.outbox.keep(publisher)
+        out.ledger.hold(out.ledger.account(publisher.topic, publisher.shelf), number)
 
 
 def watch(out: Accounts, publisher: Publisher, seq: int, tally: Tally) -> bool:
@@ -120,19 +129,27 @@ def wait_for_room(out: Accounts, publisher: Publisher, timeout: float) -> None:
         sleep(ROOM_POLL)
 
 
-def wait_until_durable(out: Accounts, publisher: Publisher, seq: int, timeout: float | None) -> None:
-    """Raises NotDurable."""
+def publish_durably(
+    out: Accounts, publisher: Publisher, value: object, headers: dict[str, Any] | None, timeout: float | None
+) -> int:
+    """Publish, and wait until it is on disk. Raises NotDurable."""
     bell = Lock()
     bell.acquire()
     tally = Tally(bell.release)
     deadline = inf if timeout is None else now() + timeout
-    claimed = watch(out, publisher, seq, tally)
-    while not bell.acquire(timeout=_left(deadline, claimed)):
-        if now() >= deadline or not (claimed or is_claimed(out, publisher)):
-            raise failure(out, tally, publisher, seq, timeout or CLAIM_PATIENCE)
-        claimed = True
-    if tally.problem is not None:
-        raise failure(out, tally, publisher, seq, 0)
+    hold(out, publisher)
+    try:
+        seq = publisher.send(value, headers)
+        claimed = watch(out, publisher, seq, tally)
+        while not bell.acquire(timeout=_left(deadline, claimed)):
+            if now() >= deadline or not (claimed or is_claimed(out, publisher)):
+                raise failure(out, tally, publisher, seq, timeout or CLAIM_PATIENCE)
+            claimed = True
+        if tally.problem is not None:
+            raise failure(out, tally, publisher, seq, 0)
+    finally:
+        hold(out, publisher, -1)
+    return seq
 
 
 def wait_until_all_durable(out: Accounts, timeout: float | None) -> None:
@@ -164,13 +181,17 @@ async def room(out: Accounts, publisher: Publisher, timeout: float) -> None:
         await asyncio.sleep(ROOM_POLL)
 
 
-async def durable(out: Accounts, publisher: Publisher, seq: int, timeout: float | None) -> None:
-    """As `wait_until_durable`."""
+async def durably_published(
+    out: Accounts, publisher: Publisher, value: object, headers: dict[str, Any] | None, timeout: float | None
+) -> int:
+    """As `publish_durably`."""
     bell: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     tally = Tally(lambda: _ring(bell))
     deadline = inf if timeout is None else now() + timeout
-    claimed = watch(out, publisher, seq, tally)
+    hold(out, publisher)
     try:
+        seq = publisher.send(value, headers)
+        claimed = watch(out, publisher, seq, tally)
         while True:
             left = _left(deadline, claimed)
             done, _ = await asyncio.wait((bell,), timeout=None if left < 0 else left)
@@ -179,10 +200,12 @@ async def durable(out: Accounts, publisher: Publisher, seq: int, timeout: float 
             if now() >= deadline or not (claimed or is_claimed(out, publisher)):
                 raise failure(out, tally, publisher, seq, timeout or CLAIM_PATIENCE)
             claimed = True
+        if tally.problem is not None:
+            raise failure(out, tally, publisher, seq, 0)
     finally:
         bell.cancel()
-    if tally.problem is not None:
-        raise failure(out, tally, publisher, seq, 0)
+        hold(out, publisher, -1)
+    return seq
 
 
 async def all_durable(out: Accounts, timeout: float | None) -> None:

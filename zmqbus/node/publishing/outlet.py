@@ -11,7 +11,7 @@ from threading import Lock
 from zmqbus.errors import ForkedProcess, TooManyStreams
 from zmqbus.net.clock import now, sleep, time_ns
 from zmqbus.node.publishing.durability import wait_for_room
-from zmqbus.node.publishing.publisher import EAGER, GATHER, TICK, TURN, Publisher
+from zmqbus.node.publishing.publisher import EAGER, GATHER, TICK, TURN, Keeper, Publisher
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.protocol import frames
 from zmqbus.protocol.streams.acks import Ledger
@@ -57,6 +57,7 @@ class Outlet:
         self.refusal: Exception | None = None
         """Why nothing more can be published."""
         self.closed = False
+        self.outbox: Keeper | None = None
         self.messages = self.frames = self.bytes = 0
         self.crowded: list[None] = []
         """asyncio: not empty when publishers should let the loop have its turn."""
@@ -178,6 +179,12 @@ class Outlet:
         matches = Matcher(patterns).matches
         with self.lock:
             return [(p.prefix[:-1], p.following) for p in self.publishers.values() if matches(p.topic)]
+
+    def holds(self, topic: bytes, seq: int) -> bool:
+        """Whether the history goes back to this message, or further."""
+        with self.lock:
+            publisher = self.publishers.get(topic.decode(errors="replace"))
+            return publisher is not None and bool(entries := publisher.shelf.entries) and entries[0][0] <= seq
 
     def fetch(self, topic: bytes, first: int, last: int, bytes_max: int) -> Fetched:
         """For FETCH: what the history holds."""

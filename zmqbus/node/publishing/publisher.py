@@ -40,6 +40,16 @@ NIL = b"\xc0"  # msgpack's
 EAGER, GATHER, TURN = range(3)
 
 
+class Keeper(Protocol):
+    """A disk of ours. All under the lock."""
+
+    def keep(self, publisher: Publisher) -> None:
+        """From now on what is published on this stream goes there as well."""
+
+    def add(self, publisher: Publisher, first: int, count: int, time: int, parts: tuple[bytes, ...]) -> None:
+        """A batch of such a stream was sent."""
+
+
 class Streams(Protocol):
     """What a publisher needs of its outlet; all but `make_room` under `lock`."""
 
@@ -52,6 +62,7 @@ class Streams(Protocol):
     broadcast: Broadcast
     backlog: deque[tuple[bytes, ...]]
     share: int
+    outbox: Keeper | None
 
     def expect(self, publisher: Publisher) -> None:
         """It gathers: to be flushed by the next tick, or at the end of this turn."""
@@ -84,6 +95,7 @@ class Publisher(Ring):
         "_quiet",
         "_size",
         "full",
+        "kept",
         "prefix",
         "sent_bytes",
         "seqs",
@@ -95,6 +107,7 @@ class Publisher(Ring):
         super().__init__()
         self.topic = topic
         self.prefix = encoded + b"\0"
+        self.kept = False  # in the outbox
         self.shelf = Shelf()  # this stream's part of the history
         self.sent_bytes = 0
         self._out = out
@@ -315,6 +328,8 @@ class Publisher(Ring):
         self.sent += count
         self.sent_bytes += size
         out.history.append(self.shelf, first, first + count, parts)
+        if self.kept and out.outbox is not None:
+            out.outbox.add(self, first, count, time, parts)
         if size >= BALLAST_BYTES:
             ballast = (frames.encode_frame(self.prefix, frames.BALLAST, 0, 0, out.origin, 0, time),)
             for _ in range(size // BALLAST_BYTES):

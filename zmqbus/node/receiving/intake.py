@@ -26,7 +26,8 @@ from zmqbus.net.waker import WAKE_PREFIX
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.protocol.frames import BALLAST, DATA, EXTERNAL, HEAD, HEADER_BYTES, ORDER, Batch, ValueDecoder, parse_header
 from zmqbus.protocol.message import Message
-from zmqbus.protocol.streams.tracking import SETTLED, Fetch, Gap, Stream, Tracker
+from zmqbus.protocol.streams.stream import SETTLED, Fetch, Gap, Stream
+from zmqbus.protocol.streams.tracking import Tracker
 
 CALM = 0.1  # seconds without a message after which an empty socket is empty: not just waiting for the kernel
 GAPS_KEPT = 1000  # for a report at the end; the count of lost messages goes on

@@ -31,13 +31,14 @@ class Waiter(Protocol):
 class Account:
     """One stream's acknowledgements."""
 
-    __slots__ = ("claimants", "durable", "heads", "shelf", "topic", "waiting")
+    __slots__ = ("claimants", "durable", "heads", "holds", "shelf", "topic", "waiting")
 
     def __init__(self, topic: str, shelf: Shelf) -> None:
         self.topic = topic
         self.shelf = shelf
         self.claimants: set[int] = set()
         self.heads: dict[int, int] = {}  # by journal: all up to this seq is there
+        self.holds = 0  # who is about to wait for a message: until it is durable it must not be lost
         self.durable = 0
         """Everything up to this seq is on as many disks as are wanted."""
         self.waiting: list[tuple[int, int, Waiter]] = []  # a heap by seq
@@ -63,7 +64,7 @@ class Ledger:
         self._full.discard(journal)
         for topic, shelf in streams.items():
             if matches(topic):
-                self._claim(self.account(topic, shelf), journal)
+                self.claim(self.account(topic, shelf), journal)
             elif (account := self.accounts.get(topic)) is not None:
                 account.claimants.discard(journal)
                 self._keep(account)
@@ -72,7 +73,7 @@ class Ledger:
         """A stream begins."""
         for journal, matches in self._claims.items():
             if matches(topic):
-                self._claim(self.account(topic, shelf), journal)
+                self.claim(self.account(topic, shelf), journal)
 
     def acked(self, journal: int, heads: Iterable[tuple[str, int]], full: bool) -> None:
         """A forwarder acknowledges all of these streams up to these seqs; `full`: it takes nothing more for now."""
@@ -103,6 +104,16 @@ class Ledger:
             account = self.accounts[topic] = Account(topic, shelf)
         return account
 
+    def claim(self, account: Account, journal: int) -> None:
+        """A stream is to be acknowledged by this journal, too."""
+        account.claimants.add(journal)
+        self._keep(account)
+
+    def hold(self, account: Account, number: int) -> None:
+        """So many more (or, if negative, fewer) are about to wait for a message on this stream."""
+        account.holds += number
+        self._keep(account)
+
     def wait(self, account: Account, seq: int, waiter: Waiter) -> None:
         """Tell `waiter` when the message is durable; perhaps at once."""
         if seq <= account.durable:
@@ -120,12 +131,8 @@ class Ledger:
 
     # --- inside ------------------------------------------------------------------------------------
 
-    def _claim(self, account: Account, journal: int) -> None:
-        account.claimants.add(journal)
-        self._keep(account)
-
     def _keep(self, account: Account) -> None:
-        self._history.release(account.shelf, account.durable + 1 if account.claimants else NOTHING)
+        self._history.release(account.shelf, account.durable + 1 if account.claimants or account.holds else NOTHING)
 
     def _common(self, account: Account) -> int:
         """The seq that as many journals as are wanted have reached."""

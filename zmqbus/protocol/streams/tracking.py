@@ -8,6 +8,8 @@ Sans-IO: knows no sockets, threads or clock; callers pass `now` (monotonic secon
    are held, and what lies between is fetched: from the publisher, then from whoever else may have it.
 3. What nobody has is a `Gap`, exact, delivered in its place in the stream. Nothing is skipped without one.
    Nobody has it when the publisher and all who can be reached said so, or failed to answer for PATIENCE.
+   For a `patient` tracker only the former holds. It is that of a forwarder, whose acknowledgement of later messages
+   would be one of those before them too; of a publisher that is forgotten it drops what it holds, and awaits all anew.
 4. News that came beside the data path is `soft`: what it tells of may still be in the socket, so wait a moment
    and until the socket is empty before fetching.
 5. What is held is bounded by bytes. Beyond that newer batches are let go, to be fetched when their turn comes. What
@@ -25,9 +27,18 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 
-import msgspec
-
 from zmqbus.protocol.frames import Batch
+from zmqbus.protocol.streams.stream import (
+    ASKED,
+    NOBODY_LACKS,
+    NOTHING_HELD,
+    PARKED,
+    QUEUED,
+    SETTLED,
+    Fetch,
+    Gap,
+    Stream,
+)
 from zmqbus.protocol.topics import Matcher
 
 HELD_BYTES_MAX = 16 * 1024 * 1024  # per subscription: a few round trips' worth of repair
@@ -39,62 +50,6 @@ FETCH_TIMEOUT = 1.0  # for the first try; 2, 4 and then always 8 s for those tha
 FETCH_TRIES = 4  # a source that is given up has failed so often, 1 + 2 + 4 + 8 s,
 PATIENCE = 15.0  # and for so long. Also how long a hole waits for somebody who can be asked to come back
 SOFT_DELAY = 0.05  # news that came beside the data path: the data may still be on its way
-
-
-class Gap(msgspec.Struct, frozen=True, gc=False):
-    """Messages `first` to `last` of a stream are lost to this subscription: no history that answers has them."""
-
-    topic: str
-    origin: int
-    first: int
-    last: int
-
-    @property
-    def count(self) -> int:
-        """How many messages."""
-        return self.last - self.first + 1
-
-
-class Fetch(msgspec.Struct, frozen=True, gc=False):
-    """Ask node `source` for messages `first` to `last` of (topic, origin)."""
-
-    source: int
-    topic: bytes
-    origin: int
-    first: int
-    last: int
-
-
-# A stream with a hole is in exactly one of these places; a settled one in none.
-SETTLED = 0
-QUEUED = 1  # to be asked for as soon as there is room in flight
-ASKED = 2  # a Fetch is on its way; `due` is when to stop waiting
-PARKED = 3  # waits until `due`: for data that may still arrive, for a source to come back, or before a new try
-
-# What most streams have, shared: a hundred thousand of them may be settled at once.
-_NOTHING_HELD: deque[Batch] = deque(maxlen=0)
-_NOBODY_LACKS: dict[int, int] = {}
-
-
-class Stream(msgspec.Struct, gc=False, eq=False):
-    """One stream, as one subscription sees it. While `place` is SETTLED, `target` equals `next`."""
-
-    topic: str
-    key: tuple[bytes, int]
-    next: int
-    """The seq to be delivered next."""
-    target: int
-    """One past the highest seq known to exist."""
-    owed: int
-    """What is not to be had is a loss from here on; before, it is history that would have been nice to have."""
-    place: int = SETTLED
-    held: deque[Batch] = msgspec.field(default_factory=lambda: _NOTHING_HELD)  # beyond `next`, in order
-    lacks: dict[int, int] = msgspec.field(default_factory=lambda: _NOBODY_LACKS)  # source -> lacks all before this
-    asked: Fetch | None = None
-    due: float = 0.0
-    tries: int = 0  # failures in a row
-    since: float = 0.0  # when the hole was noticed, or last grew smaller
-    soft: bool = False  # parked until the socket is empty: the hole is known only from beside the data path
 
 
 Ready = tuple[Stream, Batch, int] | Gap
@@ -116,6 +71,7 @@ class Tracker:
         history: int = 0,
         held_bytes_max: int = HELD_BYTES_MAX,
         resume: Callable[[bytes, int], int] | None = None,
+        patient: bool = False,
     ) -> None:
         self.ready: deque[Ready] = deque()
         """What to deliver now, in order: (stream, batch, how many of its first messages to skip), or a Gap."""
@@ -133,6 +89,9 @@ class Tracker:
         self._sources = sources
         self._history = history
         self._resume = resume
+        self._patient = patient
+        self.keepers: dict[int, int] = {}
+        """Of publishers that are no more: who keeps their messages, and has the last word on what is lost of them."""
         self._registered: set[int] = set()  # origins whose HEADS are complete
         self._forgotten: dict[int, int] = {}  # origins that had registered, oldest first -> number of streams and 1
         self._forgotten_streams = 0  # the sum of that
@@ -236,6 +195,8 @@ class Tracker:
 
     def origin_gone(self, origin: int, now: float) -> None:
         """A publisher left for good: what only it had is lost now, not after a wait."""
+        if self._patient:
+            return  # it may have left its messages to somebody
         for stream in [s for s in self.unsettled.values() if s.key[1] == origin]:
             if stream.soft:  # except for what may be in the socket
                 stream.lacks = {**stream.lacks, origin: stream.target}
@@ -246,6 +207,10 @@ class Tracker:
 
     def forget(self, origin: int) -> None:
         """A publisher is not even awaited any more: its holes are lost. Its streams go on should it return."""
+        if self._patient:
+            self._registered.discard(origin)
+            self._drop_streams({origin})
+            return
         self._early = deque(batch for batch in self._early if batch.origin != origin)
         self._early_bytes = sum(map(_cost, self._early))
         for stream in [s for s in self.unsettled.values() if s.key[1] == origin]:
@@ -341,8 +306,15 @@ class Tracker:
         for key in [key for key in self.streams if key[1] in origins] if origins else ():
             stream = self.streams.pop(key)
             if stream is not None and stream.place != SETTLED:
+                if self._patient:
+                    self._let_go(stream)
                 self._give_up(stream, stream.target)
                 self._settle(stream)
+
+    def _let_go(self, stream: Stream) -> None:
+        """Drop what is held: it is as lost as what lies before it."""
+        self._held_bytes -= sum(map(_cost, stream.held))
+        stream.held = NOTHING_HELD
 
     def _advance(self, stream: Stream, batch: Batch) -> None:
         """Make a batch ready that reaches from `next` or before to beyond it, and what was held behind it."""
@@ -421,8 +393,8 @@ class Tracker:
     def _settle(self, stream: Stream) -> None:
         if stream.place != SETTLED:
             self._move(stream, SETTLED)
-            stream.held = _NOTHING_HELD
-            stream.lacks = _NOBODY_LACKS
+            stream.held = NOTHING_HELD
+            stream.lacks = NOBODY_LACKS
             del self.unsettled[stream.key]
 
     def _enqueue(self, stream: Stream) -> None:
@@ -461,9 +433,10 @@ class Tracker:
             stream.due = now + FETCH_TIMEOUT * 2 ** min(stream.tries, FETCH_TRIES - 1)
             self._asked.append(stream)
             return stream.asked
-        end = stream.target if now >= stream.since + PATIENCE else self._lacking(stream)
+        patient = self._patient or now < stream.since + PATIENCE
+        end = self._lacking(stream) if patient else stream.target
         if end <= stream.next:
-            self._park(stream, stream.since + PATIENCE)
+            self._park(stream, max(stream.since, now if self._patient else 0.0) + PATIENCE)
         else:
             self._give_up(stream, end)
             self._attend(stream)
@@ -472,7 +445,8 @@ class Tracker:
     def _lacking(self, stream: Stream) -> int:
         """Nobody who can be reached, nor the publisher, who may come back, has anything before this."""
         origin = stream.key[1]
-        return min(stream.lacks.get(source, 0) for source in (origin, *self._sources(stream.topic, origin)))
+        keeper = self.keepers.get(origin, origin)
+        return min(stream.lacks.get(source, 0) for source in (keeper, *self._sources(stream.topic, origin)))
 
     def _absent(self, stream: Stream, source: int, end: int) -> None:
         """`source` has nothing from `next` to before `end`. Another may; with none left it is lost."""
@@ -486,7 +460,7 @@ class Tracker:
         assert stream.asked is not None
         source, late = stream.asked.source, stream.due <= now
         stream.tries += 1
-        if stream.tries >= FETCH_TRIES and now >= stream.since + PATIENCE:
+        if stream.tries >= FETCH_TRIES and now >= stream.since + PATIENCE and not self._patient:
             self._absent(stream, source, stream.target)
             self._attend(stream)
         elif late:

@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from zmqbus.errors import JournalError
-from zmqbus.forwarder.worker import Worker
 from zmqbus.journal import Commit, Cursor, Journal, Ticket
 from zmqbus.net.clock import now, time_ns
+from zmqbus.node.storing.worker import Worker
 
 LOOK = 1.0  # seconds between looks: for room while there is none, and whether the last commit can be vouched for
 RETENTION_LOOKS = 30  # so many of them between two for what is too old

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 from zmqbus.node.publishing.outlet import Outlet
+from zmqbus.node.storing.fetching import FETCH_BYTES
+from zmqbus.node.storing.outbox import Outbox
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, Command
 
 TOPICS_PER_STATS = 1000
-FETCH_BYTES = 1024 * 1024  # per answer: large enough to be quick, small enough to share the link
 
 Counters = dict[str, int | float | str]
 
@@ -37,7 +38,13 @@ class Service:
     """Answers commands that are not about peering."""
 
     def __init__(
-        self, origin: int, outlet: Outlet, inbox: Inbox, counters: Callable[[], Counters], extension: Extension | None
+        self,
+        origin: int,
+        outlet: Outlet,
+        inbox: Inbox,
+        counters: Callable[[], Counters],
+        extension: Extension | None,
+        outbox: Outbox | None,
     ) -> None:
         self.fetches = self.fetch_bytes = 0
         self._origin = origin
@@ -45,19 +52,25 @@ class Service:
         self._inbox = inbox
         self._counters = counters
         self._extension = extension
+        self._outbox = outbox
 
     def serve(self, identity: bytes, origin: int, command: Command) -> None:
         """Answer `command` of the node `origin`."""
         body = command.body
         match body:
+            case commands.Fetch() if self._from_outbox(identity, command, body):
+                pass
             case commands.Fetch(origin=whose) if whose == self._origin:
                 held = self._outlet.fetch(body.topic, body.first, body.last, min(body.bytes, FETCH_BYTES))
                 self.fetches += 1
                 self.fetch_bytes += sum(map(len, held.parts))
                 answer = commands.Batches(body.topic, body.origin, body.first, held.last)
                 self._inbox.answer(identity, answer, command.request, held.parts)
-            case commands.Ack(origin=whose) if whose == self._origin:
-                self._outlet.acked(body.journal, body.heads, body.full)
+            case commands.Ack(origin=whose):
+                if whose == self._origin:
+                    self._outlet.acked(body.journal, body.heads, body.full)
+                if self._outbox is not None:
+                    self._outbox.delivered(body.journal, whose, body.heads)
             case commands.Stats():
                 self._inbox.answer(identity, self._statistics(body), command.request)
             case _ if self._extension is not None and self._extension.serve(self._inbox, identity, origin, command):
@@ -65,13 +78,17 @@ class Service:
             case commands.Fetch(origin=whose):
                 error = commands.Error("origin", f"this node does not keep messages of {whose:016x}")
                 self._inbox.answer(identity, error, command.request)
-            case commands.Ack():
-                pass  # of what an earlier run of this node, or another, has published
             case commands.Read() | commands.Credit() | commands.Commit() | commands.Unread() | commands.Offer():
                 self._inbox.answer(identity, commands.Error("journal", "this node has no journal"), command.request)
             case _:
                 error = commands.Error("unexpected", f"{type(body).__name__} makes no sense here")
                 self._inbox.answer(identity, error, command.request)
+
+    def _from_outbox(self, identity: bytes, command: Command, body: commands.Fetch) -> bool:
+        """What is no longer in memory, or never was, may be on our own disk."""
+        if self._outbox is None or (body.origin == self._origin and self._outlet.holds(body.topic, body.first)):
+            return False
+        return self._outbox.serve(self._inbox, identity, command)
 
     def _statistics(self, body: commands.Stats) -> commands.Statistics:
         topics = self._outlet.topics(body.skip, TOPICS_PER_STATS) if body.topics else []
