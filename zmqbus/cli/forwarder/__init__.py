@@ -18,6 +18,7 @@ from zmqbus.cli.forwarder.forget import forget
 from zmqbus.cli.forwarder.settings import configure
 from zmqbus.cli.forwarder.status import status
 from zmqbus.cli.journal.shared import Directory
+from zmqbus.cli.messages.forms import DURATION_S_MAX
 from zmqbus.cli.shell.bus import Bus, Duration, Size
 from zmqbus.cli.shell.stopping import Stopped
 from zmqbus.protocol.topics import check_pattern
@@ -45,7 +46,7 @@ class _Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click's; a second pattern after --topics is a likely mistake."""
-        if args[0] not in self.commands and ctx.params.get("topics"):
+        if args[0] not in self.commands and ctx.params.get("topics") and not ctx.resilient_parsing:
             raise click.UsageError(
                 f"{args[0]!r} has no place here; several patterns are one text: --topics 'a.> b'", ctx
             )
@@ -86,7 +87,7 @@ def _patterns(context: click.Context, parameter: click.Parameter, texts: tuple[s
 )
 @click.option(
     "--max-age",
-    type=Duration(MAX_AGE_LEAST),
+    type=Duration(MAX_AGE_LEAST, DURATION_S_MAX),
     metavar="DURATION",
     help="Remove what is older, such as 7d. Default: nothing is too old.",
 )

@@ -15,6 +15,7 @@ import msgspec
 from click.core import ParameterSource
 
 from zmqbus.cli.shell.bus import Bus
+from zmqbus.errors import TopicError
 
 # What a key may hold, as Python has it, and as a user is told.
 _TEXT = (str,), "a text"
@@ -80,9 +81,11 @@ def configure(context: click.Context, parameter: click.Parameter, path: str | No
             if key in settings and option.name is not None:
                 defaults[option.name] = settings[key]
                 try:
-                    option.type_cast_value(context, settings[key])
+                    option.process_value(context, settings[key])
                 except click.BadParameter as error:
                     raise click.UsageError(f"{path}: {key}: {error.message}") from None
+                except TopicError as error:
+                    raise click.UsageError(f"{path}: {key}: {error}") from None
     context.default_map = defaults
     context.obj = _bus(context, settings)
     return path

@@ -41,7 +41,7 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Seconds."""
         try:
-            seconds = float(value) if isinstance(value, float) else parse_duration(value)
+            seconds = float(value) if isinstance(value, int | float) else parse_duration(value)
         except ParseError as error:
             self.fail(str(error), param, ctx)
         if not self._least <= seconds <= self._most:
@@ -60,7 +60,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Bytes."""
         try:
-            size = value if isinstance(value, int) else parse_size(value)
+            size = parse_size(str(value))
         except ParseError as error:
             self.fail(str(error), param, ctx)
         if size < self._least:
