@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import re
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,20 +16,25 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from zlib import crc32
 
 import pytest
 
 import zmqbus
 from tests.cli.commands import PATIENCE, Terminal, finish, run
+from zmqbus.cli.forwarder import running
 from zmqbus.cli.forwarder.asking import Cursor, Figures
 from zmqbus.cli.forwarder.forget import freed
 from zmqbus.cli.forwarder.log import LINES_MAX, Log
 from zmqbus.cli.shell.stopping import LEAVE_MAX
 from zmqbus.errors import NotDurable
 from zmqbus.journal.storage import encode_meta
+from zmqbus.node.events import AsyncEventStream, Warned
 from zmqbus.node.faces.asking import ask
 from zmqbus.protocol import commands
+from zmqbus.protocol.members.peers import DuplicateName, Peer, PeerJoined, PeerLeft
+from zmqbus.protocol.streams.stream import Gap
 
 Start = Callable[..., subprocess.Popen[str]]
 WAIT = ("--wait", "300ms")
@@ -144,6 +149,35 @@ def test_a_torn_end_is_told(start: Start, bus: str, tmp_path: Path) -> None:
     two, line = begin(start, "--journal", str(tmp_path))
     assert f"a torn end, of which nobody was promised anything, is in {tmp_path}/quarantine/" in line
     assert end(two)[0] == 0
+
+
+def test_what_goes_wrong_is_told() -> None:
+    stream, lines = AsyncEventStream(lambda _: None), []
+    peer = Peer(origin=1, name="web\x1b", inbox="tcp://127.0.0.1:1")
+    for event in (
+        PeerJoined(peer),
+        Gap("t", 1, 3, 3),
+        Gap("t", 2, 1, 2000),
+        Warned("a\nb"),
+        DuplicateName("x", (1, 2)),
+        PeerLeft(peer, "x"),
+    ):
+        stream.put(event)
+    stream.close()
+    forwarder, log = SimpleNamespace(events=lambda: stream), SimpleNamespace(line=lines.append)
+
+    async def pass_on() -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(running._pass_on(forwarder, log), 0.1)  # type: ignore[arg-type]
+
+    asyncio.run(pass_on())
+    why = "neither their publisher nor another forwarder has them"
+    assert lines == [
+        rf"lost: 1 message on t from web\x1b, #3: {why}",
+        f"lost: 2,000 messages on t from 0000000000000002, #1 to #2000: {why}",
+        r"warning: a\nb",
+        "warning: 2 nodes are named x: give each a name of its own (--name)",
+    ]
 
 
 def test_a_terminal_shows_how_it_is(bus: str, tmp_path: Path) -> None:
@@ -419,51 +453,3 @@ def test_one_that_does_not_answer(start: Start, bus: str, tmp_path: Path) -> Non
     row = json.loads(out)
     assert (row["name"], row["answered"]) == ("stuck", False)
     assert end(one)[0] == 0
-
-
-# --- systemd -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_systemd_is_told(start: Start, bus: str, tmp_path: Path, kind: str) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        name = str(tmp_path / "notify") if kind == "path" else f"@{bus}"
-        manager.bind(name.replace("@", "\0", 1) if kind == "abstract" else name)
-        manager.settimeout(PATIENCE)
-        told: list[str] = []
-
-        def until(word: str, times: int = 1) -> None:
-            while sum(word in text.split("\n") for text in told) < times:
-                told.append(manager.recv(65536).decode())
-
-        environment = os.environ | {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "300000"}
-        one, _ = begin(start, "--journal", str(tmp_path / "j"), env=environment)
-        until("READY=1")
-        assert told[0] == "STATUS=recovering the journal"
-        ready = told[-1].split("\n")
-        assert ready[1].startswith("STATUS=0/s, 0 B/s in; next offset 0, 64 MiB in 1 segment; ")
-        begun = time.monotonic()
-        until("WATCHDOG=1", 5)
-        assert time.monotonic() - begun < 5 * 0.3
-        one.terminate()
-        until("STOPPING=1")
-        assert finish(one)[0] == 0
-
-
-def test_a_watchdog_of_another_process(start: Start, tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        environment = os.environ | {
-            "NOTIFY_SOCKET": str(tmp_path / "notify"),
-            "WATCHDOG_USEC": "1000",
-            "WATCHDOG_PID": "1",
-        }
-        one, _ = begin(start, "--journal", str(tmp_path / "j"), env=environment)
-        assert end(one)[0] == 0
-        manager.setblocking(False)
-        told = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                told.append(manager.recv(65536).decode())
-    assert told[-1].startswith("STOPPING=1\n")
-    assert not any("WATCHDOG" in text for text in told)

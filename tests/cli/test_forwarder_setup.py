@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -258,6 +261,54 @@ def test_the_unit_of_the_page(tmp_path: Path) -> None:
     file.write_text(unit.replace(program, sys.executable))
     done = subprocess.run([analyze, "verify", str(file)], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (done.returncode, str(file) in done.stderr) == (0, False), done.stderr
+
+
+# --- systemd -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_systemd_is_told(start: Start, bus: str, tmp_path: Path, kind: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        name = str(tmp_path / "notify") if kind == "path" else f"@{bus}"
+        manager.bind(name.replace("@", "\0", 1) if kind == "abstract" else name)
+        manager.settimeout(PATIENCE)
+        told: list[str] = []
+
+        def until(word: str, times: int = 1) -> None:
+            while sum(word in text.split("\n") for text in told) < times:
+                told.append(manager.recv(65536).decode())
+
+        environment = os.environ | {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "300000"}
+        one, _ = begin(start, "--journal", str(tmp_path / "j"), env=environment)
+        until("READY=1")
+        assert told[0] == "STATUS=recovering the journal"
+        ready = told[-1].split("\n")
+        assert ready[1].startswith("STATUS=0/s, 0 B/s in; next offset 0, 64 MiB in 1 segment; ")
+        begun = time.monotonic()
+        until("WATCHDOG=1", 5)
+        assert time.monotonic() - begun < 5 * 0.3
+        one.terminate()
+        until("STOPPING=1")
+        assert finish(one)[0] == 0
+
+
+def test_a_watchdog_of_another_process(start: Start, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        environment = os.environ | {
+            "NOTIFY_SOCKET": str(tmp_path / "notify"),
+            "WATCHDOG_USEC": "1000",
+            "WATCHDOG_PID": "1",
+        }
+        one, _ = begin(start, "--journal", str(tmp_path / "j"), env=environment)
+        assert end(one)[0] == 0
+        manager.setblocking(False)
+        told = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                told.append(manager.recv(65536).decode())
+    assert told[-1].startswith("STOPPING=1\n")
+    assert not any("WATCHDOG" in text for text in told)
 
 
 def test_nobody_to_notify(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ def opening(forwarder: Forwarder, bus: str) -> str:
     figures: Figures = forwarder.statistics()
     first, following = figures["journal_first_offset"], figures["journal_next_offset"]
     if following > first:
-        offsets = f"offsets {first:,} to {following - 1:,} recovered"
+        offsets = f"offsets {first} to {following - 1} recovered"
     else:
-        offsets = f"empty, the next offset is {following:,}" if following else "new"
+        offsets = f"empty, the next offset is {following}" if following else "new"
     torn = forwarder.quarantined
     return (
         f"forwarder {escape(forwarder.name)} on bus {bus!r} claims {escape(' '.join(forwarder.claims))}; "
@@ -56,7 +56,7 @@ def condition(figures: Figures) -> str:
     size = human_bytes(int(figures["journal_bytes_in_per_s"]))
     return (
         f"{full}{human_rate(figures['journal_messages_per_s'])}, {size}/s in; "
-        f"next offset {figures['journal_next_offset']:,}, {_journal(figures)}; "
+        f"next offset {figures['journal_next_offset']}, {_journal(figures)}; "
         f"{plural(figures['journal_streams'], 'stream')}, {plural(figures['cursors'], 'cursor')}, "
         f"{plural(figures['readings'], 'reading')}; fsync {human_age(figures['fsync_p50_ms'] / 1e3)}, "
         f"at most {human_age(figures['fsync_max_ms'] / 1e3)}"
@@ -67,7 +67,7 @@ def closing(figures: Figures) -> str:
     """What this run has done, on one line."""
     return (
         f"stopped after {human_age(figures['uptime_s'])}; {plural(figures['journal_messages'], 'message')} taken, "
-        f"next offset {figures['journal_next_offset']:,}"
+        f"next offset {figures['journal_next_offset']}"
     )
 
 
@@ -148,7 +148,7 @@ async def _pass_on(forwarder: Forwarder, log: Log) -> None:
                 who = escape(names.get(origin) or f"{origin:016x}")
                 log.line(
                     f"lost: {plural(event.count, 'message')} on {escape(topic)} from {who}, {span}: "
-                    "the publisher holds them no more, and no other forwarder has them"
+                    "neither their publisher nor another forwarder has them"
                 )
             case DuplicateName(name=name, origins=origins):
                 log.line(

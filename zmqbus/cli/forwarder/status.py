@@ -90,7 +90,9 @@ def _cells(told: Told) -> list[str]:
         f"{figures.journal_unacked:,}",
         f"{figures.commits:,}",
         "-" if figures.last_commit_s is None else f"{human_age(figures.last_commit_s)} ago",
-        f"{human_age(figures.fsync_p50_ms / 1e3)}, max {human_age(figures.fsync_max_ms / 1e3)}",
+        f"{human_age(figures.fsync_p50_ms / 1e3)}, max {human_age(figures.fsync_max_ms / 1e3)}"
+        if figures.commits
+        else "-",
         "FULL" if figures.journal_full else "no",
         human_age(figures.uptime_s),
     ]
