@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from zmqbus.errors import JournalCorrupt, JournalLocked, JournalUnavailable
-from zmqbus.journal import Batch, Cursor, Journal, Reader
+from zmqbus.journal import Batch, Cursor, Journal, Reader, Retention
 from zmqbus.journal.inspect import Finding, View, dump, export, info
 from zmqbus.journal.repair import repair, verify
 from zmqbus.journal.storage import Disk
@@ -312,6 +313,54 @@ def test_what_is_no_journal_at_all(path: Path, tmp_path: Path) -> None:
         info(str(path))
     with pytest.raises(JournalCorrupt, match="the file is missing"):
         dump(str(path))
+
+
+# --- beside a forwarder, at any moment ---------------------------------------------------------------
+
+
+def test_beside_one_who_writes_rotates_commits_and_removes(tmp_path: Path) -> None:
+    """Thousands of commits, each of which may fall anywhere into what the tools are doing."""
+    path = tmp_path / "busy"
+    journal = Journal.open(str(path), now_ns=0, segment_bytes=4096, retention=Retention(bytes_max=64 << 10))
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for n in range(4000):
+                journal.append(b"logs.%d" % (n % 3), 7, 1 + n // 3, 1, n, b"message %d " % n + b"x" * (n % 500))
+                journal.commit(n)
+                if n % 3 == 0:
+                    journal.commit_cursors({"follower": Cursor(journal.durable_offset, b"x" * 500)})
+        except BaseException as error:
+            failures.append(error)
+
+    writer = threading.Thread(target=work)
+    writer.start()
+    rounds = 0
+    last = 0
+    try:
+        while writer.is_alive():
+            rounds += 1
+            assert [finding for finding in verify(str(path)) if finding.kind == "damage"] == []
+            seen = info(str(path))
+            assert seen.damage is None
+            assert all(cursor.offset <= seen.next_offset for cursor in seen.cursors.values())
+            assert "follower" in seen.cursors or seen.next_offset < 3
+            assert seen.next_offset >= last
+            end = last = seen.next_offset
+            expected = None
+            for item in dump(str(path)):
+                assert item.offset is not None
+                assert expected is None or item.offset == expected
+                expected = item.offset + (item.count if isinstance(item, Batch) else item.lost)
+            assert expected is None or expected >= end
+    finally:
+        writer.join()
+        if not failures:
+            journal.close(0)
+    assert failures == []
+    assert rounds > 3
+    assert info(str(path)).first_offset > 0
 
 
 # --- beside a forwarder, at the worst moments -------------------------------------------------------

@@ -18,11 +18,13 @@ from typing import Any
 import click
 from rich.console import Console
 
+from bench import durable as durability
 from bench import idle as idling
 from bench import join as joining
 from bench import many as crowd
 from bench import match as matching
 from bench import pubsub as throughput
+from bench import recovery as recovering
 from bench import report
 from bench import roundtrip as latency
 from bench.crew import WorkerFailed
@@ -156,6 +158,22 @@ def many(nodes: int | None, runs: int, quick: bool, progress: Progress) -> list[
 def match(runs: int, quick: bool, progress: Progress) -> list[Table]:
     """Topic matching, compiled and by a trie."""
     return matching.measure(runs, quick, progress)
+
+
+@main.command()
+@click.option("--directory", type=click.Path(exists=True, file_okay=False), help="On the disk to measure [/tmp].")
+@common
+def durable(directory: str | None, runs: int, quick: bool, progress: Progress) -> list[Table]:
+    """Durable publishing: throughput and latency, against the live rate and the disk."""
+    return durability.measure(directory, runs, quick, progress)
+
+
+@main.command()
+@click.option("--directory", type=click.Path(exists=True, file_okay=False), help="On the disk to measure [/tmp].")
+@common
+def recovery(directory: str | None, runs: int, quick: bool, progress: Progress) -> list[Table]:
+    """A forwarder's memory with a large journal, and its restart."""
+    return recovering.measure(directory, min(runs, RUNS_MANY), quick, progress)
 
 
 @main.command(name="all")

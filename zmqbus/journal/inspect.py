@@ -232,16 +232,23 @@ def check_journal(storage: Storage, path: str) -> list[str]:
 
 def newest_cursors(storage: Storage, path: str, uuid: bytes) -> dict[str, Cursor]:
     """The cursors of a journal. Raises JournalCorrupt if their file is damaged before its records."""
-    for segment in _load_log(storage, f"{path}/{CURSORS}", uuid)[-1:]:
-        cursors = dict(decode_cursors(read_snapshot(storage, segment)))
-        fd = storage.open(segment.path)
+    folder = f"{path}/{CURSORS}"
+    for left in reversed(range(TRIES)):
+        cursors: dict[str, Cursor] = {}
         try:
-            scanner = Scanner.whole(storage, fd, segment, segment.file_bytes)
-            while (batch := scanner.next()) is not None:
-                recover_cursor(cursors, batch)
-        finally:
-            storage.close(fd)
-        return cursors
+            for segment in load_segments(storage, folder, uuid)[-1:]:
+                cursors.update(decode_cursors(read_snapshot(storage, segment)))
+                fd = storage.open(segment.path)
+                try:
+                    scanner = Scanner.whole(storage, fd, segment, segment.file_bytes)
+                    while (batch := scanner.next()) is not None:
+                        recover_cursor(cursors, batch)
+                finally:
+                    storage.close(fd)
+            return cursors
+        except FileNotFoundError:
+            if not left:
+                raise
     return {}
 
 

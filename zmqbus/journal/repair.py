@@ -69,9 +69,9 @@ def verify(path: str, storage: Storage | None = None, progress: Progress | None 
         except FileNotFoundError:
             yield Finding("damage", f"{path}/{META}", 0, None, "the file is missing")
         if CURSORS in names:  # before the messages: no cursor passes what is not yet there
-            for salvage in salvage_cursors(storage, path, uuid):
+            for salvage, saved in salvage_cursors(storage, path, uuid):
                 yield from salvage.findings
-                cursors = cursors_of(salvage)
+                cursors = saved
         names = segment_names(storage.list(path))
     end = None
     for number, name in enumerate(names):
@@ -93,31 +93,27 @@ def verify(path: str, storage: Storage | None = None, progress: Progress | None 
         progress(1, 1)
 
 
-def salvage_cursors(storage: Storage, path: str, uuid: bytes | None) -> Iterator[Salvage]:
-    """The newest file of cursors, if there is any: an older one is about to be removed."""
+def salvage_cursors(storage: Storage, path: str, uuid: bytes | None) -> Iterator[tuple[Salvage, dict[str, Cursor]]]:
+    """The newest file of cursors, if there is any, and what could be saved of them. Older files are about to go."""
     folder = f"{path}/{CURSORS}"
     for left in reversed(range(TRIES)):
         names = segment_names(storage.list(folder))
+        if not names:
+            return
         try:
-            found = [Salvage(storage, folder, name, uuid, None) for name in names[-1:]]
+            salvage = Salvage(storage, folder, names[-1], uuid, None)
+            cursors = dict(decode_cursors(salvage.snapshot or b""))
+            for batch in salvage.batches():
+                if isinstance(batch, Batch):
+                    recover_cursor(cursors, batch)
         except FileNotFoundError:
             if not left:
                 raise
-            continue
-        for salvage in found:
-            # Its offsets count commits, not messages.
-            salvage.findings[:] = [finding._replace(offset=None, lost=0) for finding in salvage.findings]
-            yield salvage
+            continue  # there is a newer one by now
+        # Its offsets count commits, not messages.
+        salvage.findings[:] = [finding._replace(offset=None, lost=0) for finding in salvage.findings]
+        yield salvage, cursors
         return
-
-
-def cursors_of(salvage: Salvage) -> dict[str, Cursor]:
-    """What could be saved of the cursors."""
-    cursors = dict(decode_cursors(salvage.snapshot or b""))
-    for batch in salvage.batches():
-        if isinstance(batch, Batch):
-            recover_cursor(cursors, batch)
-    return cursors
 
 
 def passed_beyond(path: str, cursors: dict[str, Cursor], end: int) -> Iterator[Finding]:
@@ -338,8 +334,7 @@ def _repair_cursors(directory: Directory, now_ns: int, pretend: bool) -> Generat
     """Cursors whose last commits are destroyed stand further back: some messages will be delivered again."""
     storage, folder = directory.storage, f"{directory.path}/{CURSORS}"
     cursors: dict[str, Cursor] = {}
-    for salvage in salvage_cursors(storage, directory.path, directory.uuid):
-        cursors = cursors_of(salvage)
+    for salvage, cursors in salvage_cursors(storage, directory.path, directory.uuid):
         if salvage.damaged:
             yield from salvage.findings
             kept = f"{folder}/{QUARANTINE}/"

@@ -327,7 +327,7 @@ def in_use(storage: Storage, path: str) -> int | None:
     """The id of the process that holds a journal's lock, 0 if that is not known; None if nobody holds it."""
     try:
         fd = storage.open(f"{path}/{LOCK}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         return _holder(storage, fd) if storage.locked(fd) else None
