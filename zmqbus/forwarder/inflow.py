@@ -64,11 +64,6 @@ class Inflow:
         self._watching = False
         self._stopped = False  # until the disk has caught up
 
-    @property
-    def messages(self) -> int:
-        """How many were taken since the last (re)start of the subscription."""
-        return self._ingest.messages if self._ingest is not None else 0
-
     def start(self) -> None:
         """Subscribe to what is claimed."""
         self._tracker = self._new_tracker()
