@@ -286,6 +286,7 @@ MODULES = {
     **dict.fromkeys(("membership", "peers"), "protocol.members"),
     "engine": "node",
     **dict.fromkeys(("publisher", "outlet", "durability"), "node.publishing"),
+    **dict.fromkeys(("fetching", "outbox"), "node.storing"),
     **dict.fromkeys(("peering", "registry", "serving"), "node.peers"),
     **dict.fromkeys(("discovery", "sockets", "keys"), "net"),
     **dict.fromkeys(("journal", "positions"), "journal"),
