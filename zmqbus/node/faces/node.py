@@ -224,7 +224,7 @@ class Node:
         Args:
             durable: return when the message is on a forwarder's disk, and not before.
             timeout: seconds to wait for that, or for room; None: no limit, except that a topic which no forwarder
-                claims is given 5 s to find one.
+                claims, or fewer than `acks`, is given 5 s to find them.
 
         Raises:
             TopicError: the topic breaks the grammar.

@@ -64,7 +64,7 @@ def hold(out: Accounts, publisher: Publisher, number: int = 1) -> None:
 
 
 def watch(out: Accounts, publisher: Publisher, seq: int, tally: Tally) -> bool:
-    """Wait for one message. Returns whether anybody claims it."""
+    """Wait for one message. Returns whether as many forwarders claim it as are to have it."""
     with out.lock:
         if out.pace != TURN:
             publisher.flush()
@@ -76,13 +76,19 @@ def watch(out: Accounts, publisher: Publisher, seq: int, tally: Tally) -> bool:
         tally.left += 1
         out.ledger.wait(account, seq, tally)
         tally.done(None)
-        return bool(account.claimants)
+        return out.ledger.suffices(account)
 
 
 def is_claimed(out: Accounts, publisher: Publisher) -> bool:
     """Whether some forwarder is to acknowledge this stream."""
     account = out.ledger.accounts.get(publisher.topic)
     return account is not None and bool(account.claimants)
+
+
+def can_be_durable(out: Accounts, publisher: Publisher) -> bool:
+    """Whether as many forwarders as are to have it claim this stream."""
+    account = out.ledger.accounts.get(publisher.topic)
+    return account is not None and out.ledger.suffices(account)
 
 
 def watch_all(out: Accounts, tally: Tally) -> None:
@@ -112,8 +118,12 @@ def failure(out: Accounts, tally: Tally, publisher: Publisher, seq: int, timeout
         out.ledger.forget(tally)
     if tally.problem is not None:
         return NotDurable(1, tally.problem, seq)
-    if not is_claimed(out, publisher):
-        reason = f"no forwarder on the bus claims {publisher.topic}; start one: zmqbus forwarder --journal DIR"
+    if not can_be_durable(out, publisher):
+        wanted, start = out.ledger.acks, "zmqbus forwarder --journal DIR"
+        reason = f"no forwarder on the bus claims {publisher.topic}; start one: {start}"
+        if wanted > 1:
+            found = len(out.ledger.accounts[publisher.topic].claimants)
+            reason = f"{wanted} forwarders are to have it, and {found} on the bus claim {publisher.topic}: {start}"
         return NotDurable(1, reason, seq)
     return NotDurable(1, f"no acknowledgement within {timeout:g} s", seq)
 
@@ -150,7 +160,7 @@ def publish_durably(
         seq = publisher.send(value, headers)
         claimed = watch(out, publisher, seq, tally)
         while not bell.acquire(timeout=_left(deadline, claimed)):
-            if now() >= deadline or not (claimed or is_claimed(out, publisher)):
+            if now() >= deadline or not (claimed or can_be_durable(out, publisher)):
                 raise failure(out, tally, publisher, seq, timeout or CLAIM_PATIENCE)
             claimed = True
         if tally.problem is not None:
@@ -205,7 +215,7 @@ async def durably_published(
             done, _ = await asyncio.wait((bell,), timeout=None if left < 0 else left)
             if done:
                 break
-            if now() >= deadline or not (claimed or is_claimed(out, publisher)):
+            if now() >= deadline or not (claimed or can_be_durable(out, publisher)):
                 raise failure(out, tally, publisher, seq, timeout or CLAIM_PATIENCE)
             claimed = True
         if tally.problem is not None:
