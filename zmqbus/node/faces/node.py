@@ -251,10 +251,11 @@ class Node:
                 if not publisher.full:
                     publisher.flush_to(seq + 1)
                 return seq
-        if timeout is not None:
-            wait_for_room(self._engine.outlet, publisher, timeout)
         if durable:
             return publish_durably(self._engine.outlet, publisher, value, headers, timeout)
+        if timeout is not None:
+            wait_for_room(self._engine.outlet, publisher, timeout)
+            return publisher.send_without_wait(value, headers)
         return publisher.send(value, headers)
 
     def publisher(self, topic: str) -> Publisher:

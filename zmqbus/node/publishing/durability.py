@@ -96,20 +96,18 @@ def watch_all(out: Accounts, tally: Tally) -> None:
     out.flush_all()
     with out.lock:
         for topic, account in out.ledger.accounts.items():
-            publisher = out.publishers[topic]
-            sent = publisher.sent
-            if account.claimants and account.durable < sent:
+            if account.claimants and account.unacked:
+                publisher = out.publishers[topic]
                 publisher.send_head(ASKS)
                 tally.left += 1
-                out.ledger.wait(account, sent, tally)
+                out.ledger.wait(account, publisher.sent, tally)
         tally.done(None)
 
 
 def unacked(out: Accounts) -> int:
     """Messages on claimed streams that are not known to be on disk."""
     with out.lock:
-        accounts = out.ledger.accounts.items()
-        return sum(max(0, out.publishers[topic].sent - a.durable) for topic, a in accounts if a.claimants)
+        return sum(account.unacked for account in out.ledger.accounts.values() if account.claimants)
 
 
 def failure(out: Accounts, tally: Tally, publisher: Publisher, seq: int, timeout: float) -> NotDurable:
@@ -150,14 +148,15 @@ def wait_for_room(out: Accounts, publisher: Publisher, timeout: float) -> None:
 def publish_durably(
     out: Accounts, publisher: Publisher, value: object, headers: dict[str, Any] | None, timeout: float | None
 ) -> int:
-    """Publish, and wait until it is on disk. Raises NotDurable."""
+    """Publish, when there is room, and wait until it is on disk. Raises BufferFull, NotDurable."""
     bell = Lock()
     bell.acquire()
     tally = Tally(bell.release)
     deadline = inf if timeout is None else now() + timeout
+    wait_for_room(out, publisher, inf if timeout is None else timeout)
     hold(out, publisher)
     try:
-        seq = publisher.send(value, headers)
+        seq = publisher.send_without_wait(value, headers)
         claimed = watch(out, publisher, seq, tally)
         while not bell.acquire(timeout=_left(deadline, claimed)):
             if now() >= deadline or not (claimed or can_be_durable(out, publisher)):
@@ -206,9 +205,10 @@ async def durably_published(
     bell: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     tally = Tally(lambda: _ring(bell))
     deadline = inf if timeout is None else now() + timeout
+    await room(out, publisher, inf if timeout is None else timeout)
     hold(out, publisher)
     try:
-        seq = publisher.send(value, headers)
+        seq = publisher.send_without_wait(value, headers)
         claimed = watch(out, publisher, seq, tally)
         while True:
             left = _left(deadline, claimed)

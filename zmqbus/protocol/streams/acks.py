@@ -47,6 +47,13 @@ class Account:
         """Everything up to this seq is on as many disks as are wanted."""
         self.waiting: list[tuple[int, int, Waiter]] = []  # a heap by seq
 
+    @property
+    def unacked(self) -> int:
+        """Messages that are kept for somebody to acknowledge. What had left the history before anybody claimed it will
+        never be, and so nobody is to wait for it."""
+        entries = self.shelf.entries
+        return max(0, entries[-1][1] - max(entries[0][0], self.durable + 1)) if entries else 0
+
 
 class Ledger:
     """All accounts of one node."""
