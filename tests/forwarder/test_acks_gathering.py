@@ -35,6 +35,23 @@ def test_the_last_word_on_a_stream_is_enough() -> None:
     assert list(acks.take()) == [(P, Ack(JOURNAL, P, [(b"a", 9)]))]
 
 
+def test_an_old_question_does_not_take_back_the_last_word() -> None:
+    """A HEAD that was under way while later messages were fetched, and committed."""
+    acks = Acks(JOURNAL)
+    acks.add(b"a", P, 9)
+    acks.add(b"a", P, 5)
+    assert list(acks.take()) == [(P, Ack(JOURNAL, P, [(b"a", 9)]))]
+
+
+def test_whether_there_is_anything_to_say() -> None:
+    acks = Acks(JOURNAL)
+    assert not acks
+    acks.add(b"a", P, 1)
+    assert acks
+    list(acks.take())
+    assert not acks
+
+
 def test_what_was_taken_is_gone() -> None:
     acks = Acks(JOURNAL)
     acks.add(b"a", P, 3)
@@ -70,7 +87,7 @@ def test_all_of_it_is_said_and_nothing_else(added: list[tuple[int, int, int]], c
     for origin, number, seq in [*((P, number, 5) for number in range(crowd)), *added]:
         topic = b"%0255d" % number
         acks.add(topic, origin, seq)
-        wanted[origin][topic] = seq
+        wanted[origin][topic] = max(seq, wanted[origin].get(topic, 0))
     said: dict[int, dict[bytes, int]] = defaultdict(dict)
     for origin, ack in acks.take():
         assert (ack.journal, ack.origin) == (JOURNAL, origin)

@@ -26,7 +26,7 @@ class Acks:
         heads = self._due.get(origin)
         if heads is None:
             heads = self._due[origin] = {}
-        heads[topic] = seq
+        heads[topic] = max(seq, heads.get(topic, 0))  # what asks for an older one may come late
 
     def take(self, full: bool = False) -> Iterator[tuple[int, Ack]]:
         """What is to be sent, and to whom."""
