@@ -434,7 +434,7 @@ def test_ledger_against_a_naive_model(seed: int, acks: int) -> None:
     for _ in range(random.randint(1, 60)):
         topic = random.choice(TOPICS)
         journal = random.choice([A, B, C])
-        match random.choice("publish publish claim ack ack ack full wait wait forget".split()):
+        match random.choice(["publish", "publish", "claim", "ack", "ack", "ack", "full", "wait", "wait", "forget"]):
             case "publish":
                 last = out.publish(topic, count := random.choice([1, 1, 3]))
                 batches[topic].append((last - count + 1, last + 1))
