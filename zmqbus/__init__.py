@@ -18,10 +18,13 @@ if TYPE_CHECKING:
         ForkedProcess,
         GapError,
         KeyFileError,
+        LogGapError,
+        LogUnavailable,
         MessageTooLarge,
         NodeClosed,
         RemoteProtocolError,
         SetupError,
+        SubscriptionTaken,
         TooManyStreams,
         TopicError,
         UnsupportedValue,
@@ -30,9 +33,23 @@ if TYPE_CHECKING:
         ZmqbusError,
     )
     from zmqbus.net.keys import BusKey
-    from zmqbus.node.events import AsyncEventStream, Event, EventStream, KeyMismatch, TopicInfo, Undelivered, Warned
-    from zmqbus.node.faces.aio import AsyncNode, AsyncPublisher, AsyncSubscription
-    from zmqbus.node.faces.node import Node, Subscription
+    from zmqbus.node.events import (
+        AsyncEventStream,
+        CaughtUp,
+        Event,
+        EventStream,
+        ForwarderDown,
+        ForwarderUp,
+        KeyMismatch,
+        LogGap,
+        TopicInfo,
+        Undelivered,
+        Warned,
+    )
+    from zmqbus.node.faces.aio import AsyncNode, AsyncPublisher
+    from zmqbus.node.faces.aio_subscription import AsyncSubscription
+    from zmqbus.node.faces.node import Node
+    from zmqbus.node.faces.subscription import Subscription
     from zmqbus.node.publishing.publisher import Publisher
     from zmqbus.protocol.members.peers import DuplicateName, Peer, PeerJoined, PeerLeft
     from zmqbus.protocol.message import Message
@@ -43,7 +60,7 @@ _HOMES = {
     "AsyncEventStream": "node.events",
     "AsyncNode": "node.faces.aio",
     "AsyncPublisher": "node.faces.aio",
-    "AsyncSubscription": "node.faces.aio",
+    "AsyncSubscription": "node.faces.aio_subscription",
     "AuthError": "errors",
     "BusKey": "net.keys",
     "DecodeError": "errors",
@@ -56,6 +73,13 @@ _HOMES = {
     "KeyFileError": "errors",
     "Message": "protocol.message",
     "MessageTooLarge": "errors",
+    "LogGapError": "errors",
+    "SubscriptionTaken": "errors",
+    "LogUnavailable": "errors",
+    "ForwarderUp": "node.events",
+    "ForwarderDown": "node.events",
+    "CaughtUp": "node.events",
+    "LogGap": "node.events",
     "Node": "node.faces.node",
     "NodeClosed": "errors",
     "Peer": "protocol.members.peers",
@@ -64,7 +88,7 @@ _HOMES = {
     "Publisher": "node.publishing.publisher",
     "RemoteProtocolError": "errors",
     "SetupError": "errors",
-    "Subscription": "node.faces.node",
+    "Subscription": "node.faces.subscription",
     "TooManyStreams": "errors",
     "TopicError": "errors",
     "TopicInfo": "node.events",
@@ -84,15 +108,21 @@ __all__ = [
     "AsyncSubscription",
     "AuthError",
     "BusKey",
+    "CaughtUp",
     "DecodeError",
     "DuplicateName",
     "Event",
     "EventStream",
     "ForkedProcess",
+    "ForwarderDown",
+    "ForwarderUp",
     "Gap",
     "GapError",
     "KeyFileError",
     "KeyMismatch",
+    "LogGap",
+    "LogGapError",
+    "LogUnavailable",
     "Message",
     "MessageTooLarge",
     "Node",
@@ -104,6 +134,7 @@ __all__ = [
     "RemoteProtocolError",
     "SetupError",
     "Subscription",
+    "SubscriptionTaken",
     "TooManyStreams",
     "TopicError",
     "TopicInfo",
