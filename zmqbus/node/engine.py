@@ -188,6 +188,7 @@ class Engine:
         finally:  # also if whoever waits for it is cancelled
             for intake in list(self.intakes.values()):
                 intake.close(self.refusal)
+            self.replays.end(self.refusal)
             await self._shut()
             for listener in self._listeners.present:
                 listener.close()

@@ -400,7 +400,9 @@ class AsyncLogSubscription(AsyncSubscription):
 
     def __del__(self) -> None:
         replay = getattr(self, "_replay", None)
-        if replay is not None and replay.closed is None:  # `async for …`, left by break
+        if replay is not None and not isinstance(
+            replay.closed, NodeClosed | ForkedProcess
+        ):  # `async for …`, left by break
             self._node._engine.soon(self._node._engine.replays.abandon, replay)
 
     async def __aexit__(

@@ -293,7 +293,9 @@ class LogSubscription(Subscription):
 
     def __del__(self) -> None:
         replay = getattr(self, "_replay", None)
-        if replay is not None and replay.closed is None:  # `for message in node.subscribe(…)`, left by break
+        if replay is not None and not isinstance(
+            replay.closed, NodeClosed | ForkedProcess
+        ):  # `for message in node.subscribe(…)`, left by break
             self._node._engine.soon(self._node._engine.replays.abandon, replay)
 
     def __exit__(

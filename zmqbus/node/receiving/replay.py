@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from zmqbus.errors import GapError, LogGapError, RemoteProtocolError
+from zmqbus.errors import GapError, LogGapError, NodeClosed, RemoteProtocolError
 from zmqbus.node.events import CaughtUp, Event, LogGap
 from zmqbus.node.receiving.decoding import Unpacker
 from zmqbus.protocol.commands import Log
@@ -149,9 +149,12 @@ class Replay:
                 self.bell.notify_all()
 
     def stop(self, reason: Exception) -> None:
-        """There is no more, now. Of the batch that is decoded the rest can still be consumed."""
+        """There is no more, now. After NodeClosed not even of the batch that is decoded; else the rest of that."""
         with self.bell:
-            if self.closed is None:
+            if isinstance(reason, NodeClosed):
+                self.items = self._messages = iter(())  # `_source` still says how far they were handed out
+                self._rest.clear()
+            if self.closed is None or isinstance(reason, NodeClosed):
                 self.closed = reason
                 self.queue.clear()
         self.wake()
@@ -210,6 +213,8 @@ class Replay:
                 for message in self._messages:
                     return message
                 self._holds.pop(token, None)
+                if isinstance(self.closed, NodeClosed):
+                    return None
                 self._source = None
                 self._piece.reading.passed = max(self._piece.reading.passed, self._end)
             if self.closed is not None or not (self._rest_of_batch() or self._next_batch()):

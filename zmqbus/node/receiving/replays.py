@@ -178,19 +178,20 @@ class Replays:
             task.add_done_callback(self._closing.discard)
 
     async def leave(self, reason: Exception, timeout: float) -> None:
-        """The node closes: commit what has been dealt with, within `timeout`, and end all subscriptions."""
-        if self._timer is not None:
-            self._timer.cancel()
+        """The node is about to close: no more messages; what has been dealt with is committed, within `timeout`."""
         runs = list(self._runs.values())
         for run in runs:
             run.replay.stop(reason)
         durable = [self._commit(run, timeout) for run in runs if run.cursor and run.failure is None]
-        try:
-            if durable:
-                await asyncio.gather(*durable)
-        finally:
-            for run in runs:
-                self._dispose(run, reason)
+        if durable:
+            await asyncio.gather(*durable)
+
+    def end(self, reason: Exception) -> None:
+        """The node closes."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for run in list(self._runs.values()):
+            self._dispose(run, reason)
 
     def forked(self, reason: Exception) -> None:
         """In a forked child: it is all the parent's."""

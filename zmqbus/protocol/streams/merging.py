@@ -42,6 +42,7 @@ class Met(msgspec.Struct, gc=False, eq=False):
     journal: int
     """The one that is exactly at `next`; 0: none, or it is not known."""
     before: list[Span] = msgspec.field(default_factory=lambda: _NO_SPANS)
+    reported: list[Span] = msgspec.field(default_factory=lambda: _NO_SPANS)  # as lost
     heads: dict[int, int] = msgspec.field(default_factory=lambda: _NO_HEADS)  # of the other journals
 
     def add(self, first: int, end: int) -> list[Span]:
@@ -66,15 +67,20 @@ class Met(msgspec.Struct, gc=False, eq=False):
         self.before = merged[-SPANS_MAX:] if merged else _NO_SPANS
         return fresh
 
-    def missing(self, first: int, end: int) -> list[Span]:
-        """What of a range has not been delivered."""
+    def lacking(self, first: int, end: int) -> list[Span]:
+        """What of a range was neither delivered nor reported as lost; it is reported now."""
+        spans = sorted([*self.before, (self.begin, self.next), *self.reported])
         found: list[Span] = []
-        for span in [*self.before, (self.begin, self.next)]:
-            if span[1] > first and span[0] < end:
-                if span[0] > first:
-                    found.append((first, span[0]))
-                first = span[1]
-        return [*found, (first, end)] if first < end else found
+        for start, stop in spans:
+            if stop > first and start < end:
+                if start > first:
+                    found.append((first, start))
+                first = max(first, stop)
+        if first < end:
+            found.append((first, end))
+        if found:
+            self.reported = [*self.reported, *found][-SPANS_MAX:]
+        return found
 
 
 class Merging:
@@ -156,7 +162,7 @@ class Merging:
         """Report the holes that nobody will fill."""
         for met, first, end, waits in self._holes:
             if not waits:
-                self.lost += [Gap(met.topic, met.key[1], start, stop - 1) for start, stop in met.missing(first, end)]
+                self.lost += [Gap(met.topic, met.key[1], start, stop - 1) for start, stop in met.lacking(first, end)]
         self._holes = [hole for hole in self._holes if hole[3]]
 
 
