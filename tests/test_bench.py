@@ -15,7 +15,7 @@ import pytest
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 BENCH = [sys.executable, str(TOOLS / "bench")]
-COMMANDS = ("all", "idle", "join", "many", "match", "pubsub", "roundtrip")
+COMMANDS = ("all", "durable", "idle", "join", "many", "match", "pubsub", "readback", "recovery", "roundtrip")
 
 sys.path.append(str(TOOLS))
 
@@ -76,6 +76,26 @@ def test_roundtrip_in_asyncio() -> None:
         assert 0 < p50["ours"]["median"] <= p99["ours"]["median"]
         assert 0 < p50["raw"]["median"] <= p99["raw"]["median"]
         assert p50["passed"] is None  # no budget: for information
+
+
+def test_durable_is_measured_beside_the_live_rate_and_the_disk(tmp_path: Path) -> None:
+    report = json.loads(bench("durable", "--quick", "--json", "--directory", str(tmp_path)))
+    (table,) = report["results"]
+    labels = [line["label"] for line in table["lines"]]
+    assert labels[0] == "pipelined, 1 publisher"
+    assert all(line["ours"]["median"] > 0 and line["raw"]["median"] > 0 for line in table["lines"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readback_reads_every_message(tmp_path: Path) -> None:
+    (table,) = json.loads(bench("readback", "--quick", "--json", "--directory", str(tmp_path)))["results"]
+    assert [line["lost"] for line in table["lines"]] == [0, 0]
+    assert all(line["ours"]["median"] > 0 for line in table["lines"])
+
+
+def test_recovery_comes_to_a_first_acknowledgement(tmp_path: Path) -> None:
+    (table,) = json.loads(bench("recovery", "--quick", "--json", "--directory", str(tmp_path)))["results"]
+    assert all(line["ours"]["median"] > 0 for line in table["lines"])
 
 
 def assert_machine_and_noise(report: dict[str, Any]) -> None:

@@ -25,6 +25,12 @@ from zmqbus.cli.pubsub import Pacer
 from zmqbus.cli.shell.output import loss_report
 from zmqbus.cli.tap import drain
 
+COMMANDS = cli.commands | {
+    f"{name} {below}": command
+    for name, group in cli.commands.items()
+    if isinstance(group, click.Group)
+    for below, command in group.commands.items()
+}
 DOCS = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 
 
@@ -45,10 +51,10 @@ def named(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])(--?[a-zA-Z][a-z-]*)", text))
 
 
-@pytest.mark.parametrize("name", cli.commands)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_and_option_is_documented(name: str) -> None:
-    command = cli.commands[name]
-    assert f"[`{name}`](#{name})" in DOCS
+    command = COMMANDS[name]
+    assert f"[`{name}`](#{name.replace(' ', '-')})" in DOCS
     described = section(name)
     missing = options_of(command) - named(described)
     assert not missing, f"docs/cli.md does not mention {missing} of {name}"
@@ -59,12 +65,12 @@ def test_every_command_and_option_is_documented(name: str) -> None:
     assert rows == options_of(command), "the table of options"
 
 
-@pytest.mark.parametrize("name", cli.commands)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_in_the_help(name: str) -> None:
-    code, out, _ = run(name, "--help")
+    code, out, _ = run(*name.split(), "--help")
     assert code == 0
-    assert options_of(cli.commands[name]) <= named(out)
-    for param in cli.commands[name].params:
+    assert options_of(COMMANDS[name]) <= named(out)
+    for param in COMMANDS[name].params:
         assert not isinstance(param, click.Option) or param.help, param.name
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.msgpack import Ext
 
-from zmqbus.cli.forms import (
+from zmqbus.cli.messages.forms import (
     DURATION_S_MAX,
     FIELDS,
     JSON_DEPTH_MAX,

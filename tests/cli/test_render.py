@@ -16,8 +16,8 @@ from msgspec.msgpack import Ext
 from rich.cells import cell_len
 from rich.console import Console
 
-from zmqbus.cli.forms import FIELDS, Fields
-from zmqbus.cli.render import (
+from zmqbus.cli.messages.forms import FIELDS, Fields
+from zmqbus.cli.messages.render import (
     BYTES_SHOWN,
     COMPACT_DEPTH_MAX,
     HEX_BYTES_MAX,

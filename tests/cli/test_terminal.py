@@ -21,7 +21,7 @@ from rich.console import Console
 
 import zmqbus
 from tests.cli.commands import PATIENCE, Terminal, finish, plain
-from zmqbus.cli.render import LastPerTopic, TopicRow, TopicTable
+from zmqbus.cli.messages.render import LastPerTopic, TopicRow, TopicTable
 from zmqbus.cli.shell.output import Column, make_table
 from zmqbus.cli.shell.stopping import LEAVE_MAX
 from zmqbus.protocol.message import Message

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.msgpack import Ext
 
-from zmqbus.cli.forms import FIELDS, Fields
-from zmqbus.cli.where import (
+from zmqbus.cli.messages.forms import FIELDS, Fields
+from zmqbus.cli.messages.where import (
     DEPTH_MAX,
     INT_BITS_MAX,
     MATCH_CHARS_MAX,

@@ -241,6 +241,9 @@ class SimulatedDisk:
         self._locked[fd] = self._files[fd]
         return True
 
+    def locked(self, fd: int) -> bool:
+        return self._files[fd] in self._locked.values()
+
     def free_bytes(self, path: str) -> int:
         if self.bytes_max is None:
             return 1 << 40

@@ -18,11 +18,14 @@ from typing import Any
 import click
 from rich.console import Console
 
+from bench import durable as durability
 from bench import idle as idling
 from bench import join as joining
 from bench import many as crowd
 from bench import match as matching
 from bench import pubsub as throughput
+from bench import readback as reading
+from bench import recovery as recovering
 from bench import report
 from bench import roundtrip as latency
 from bench.crew import WorkerFailed
@@ -158,6 +161,30 @@ def match(runs: int, quick: bool, progress: Progress) -> list[Table]:
     return matching.measure(runs, quick, progress)
 
 
+@main.command()
+@click.option("--directory", type=click.Path(exists=True, file_okay=False), help="On the disk to measure [/tmp].")
+@common
+def durable(directory: str | None, runs: int, quick: bool, progress: Progress) -> list[Table]:
+    """Durable publishing: throughput and latency, against the live rate and the disk."""
+    return durability.measure(directory, runs, quick, progress)
+
+
+@main.command()
+@click.option("--directory", type=click.Path(exists=True, file_okay=False), help="On the disk to measure [/tmp].")
+@common
+def readback(directory: str | None, runs: int, quick: bool, progress: Progress) -> list[Table]:
+    """Reading a forwarder's log, against the live rate."""
+    return reading.measure(directory, runs, quick, progress)
+
+
+@main.command()
+@click.option("--directory", type=click.Path(exists=True, file_okay=False), help="On the disk to measure [/tmp].")
+@common
+def recovery(directory: str | None, runs: int, quick: bool, progress: Progress) -> list[Table]:
+    """A forwarder's memory with a large journal, and its restart."""
+    return recovering.measure(directory, min(runs, RUNS_MANY), quick, progress)
+
+
 @main.command(name="all")
 @click.option(
     "--namespaces/--no-namespaces", default=True, help="Join between two network namespaces too (root, Linux)."
@@ -173,4 +200,7 @@ def everything(namespaces: bool, runs: int, quick: bool, progress: Progress) -> 
             *idling.measure(runs, quick, progress),
             *crowd.measure(crowd.NODES_QUICK if quick else crowd.NODES, min(runs, RUNS_MANY), progress),
             *matching.measure(runs, quick, progress),
+            *durability.measure(None, runs, quick, progress),
+            *reading.measure(None, runs, quick, progress),
+            *recovering.measure(None, min(runs, RUNS_MANY), quick, progress),
         ]

@@ -44,8 +44,8 @@ def measure(faces: Iterable[str], runs: int, quick: bool, progress: Progress) ->
             raw, ours = [], []
             for number in range(runs):
                 progress(f"round trip, {face}, {pace}: run {number + 1}/{runs}")
-                raw.append(_run(FACES[face][0], rounds, pause))
-                ours.append(_run(FACES[face][1], rounds, pause, bus=f"bench-{secrets.token_hex(4)}"))
+                raw.append(run(FACES[face][0], rounds, pause))
+                ours.append(run(FACES[face][1], rounds, pause, bus=f"bench-{secrets.token_hex(4)}"))
             for percent in (50, 99):
                 budgeted = face == "sync" and percent == 50 and pause > 0
                 table.lines.append(
@@ -61,8 +61,8 @@ def measure(faces: Iterable[str], runs: int, quick: bool, progress: Progress) ->
     return [table]
 
 
-def _run(face: str, rounds: int, pause: float, **arguments: Any) -> list[float]:
-    """Microseconds of each round. `arguments`: for zmqbus, the bus."""
+def run(face: str, rounds: int, pause: float, **arguments: Any) -> list[float]:
+    """Microseconds of each round. `arguments`: for zmqbus, the bus; `seed`: the inbox of a forwarder on it."""
     with Crew() as crew:
         pong = crew.start(f"bench.roundtrip:{face}_pong", **arguments)
         endpoint = pong.hear()["endpoint"]
@@ -156,25 +156,26 @@ def raw_async_ping(parent: Parent, endpoint: str, rounds: int, pause: float) -> 
 # --- tasks: zmqbus -------------------------------------------------------------------------------
 
 
-def node_pong(parent: Parent, bus: str) -> None:
+def node_pong(parent: Parent, bus: str, seed: str | None = None) -> None:
     """`for message in subscription: publish`."""
     from zmqbus import Node
 
-    with Node("pong", bus=bus, interface="127.0.0.1", discovery="static") as node:
+    peers = [] if seed is None else [seed]
+    with Node("pong", bus=bus, interface="127.0.0.1", discovery="static", peers=peers) as node:
         subscription = node.subscribe("ping")
         parent.tell(endpoint=node.endpoints["inbox"])
         for message in subscription:
             node.publish("pong", message.value)
 
 
-def node_ping(parent: Parent, bus: str, endpoint: str, rounds: int, pause: float) -> None:
+def node_ping(parent: Parent, bus: str, endpoint: str, rounds: int, pause: float, seed: str | None = None) -> None:
     """`publish`, then `get`."""
     from zmqbus import Node
 
     with Node("ping", bus=bus, interface="127.0.0.1", discovery="static", peers=[endpoint]) as node:
         node.wait_for_peers(1, ANSWER_S)
         subscription = node.subscribe("pong")
-        node.wait_for_subscribers("ping", 1, ANSWER_S)
+        node.wait_for_subscribers("ping", 1 if seed is None else 2, ANSWER_S)
         value = bytes(SIZE)
         times = []
         for _ in range(WARM_UP + rounds):

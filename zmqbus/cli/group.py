@@ -9,6 +9,7 @@ import click
 
 from zmqbus.cli import shell
 from zmqbus.cli.demo import demo
+from zmqbus.cli.journal import journal
 from zmqbus.cli.pubsub import pub, sub
 from zmqbus.cli.shell.bus import Bus
 from zmqbus.cli.tap import tap
@@ -18,26 +19,15 @@ from zmqbus.node import RELEASE
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in shell.EXIT_CODES.items())
 
 
-class _Group(click.Group):
+class _Group(shell.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """As click's, with our errors and exit codes; so in tests as well."""
         extra |= {"prog_name": "zmqbus", "standalone_mode": False}
         sys.exit(shell.guarded(lambda: super(_Group, self).main(*args, **extra)))
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click's; without any arguments, say what there is."""
-        if not args and not ctx.resilient_parsing:
-            click.echo(ctx.get_help(), err=True)
-            ctx.exit(shell.USAGE)
-        return super().parse_args(ctx, args)
-
     def invoke(self, ctx: click.Context) -> int:
         """As click's, which has its own way with Ctrl-C and closed pipes: do not let it see them."""
         return shell.guarded(lambda: super(_Group, self).invoke(ctx))
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of use, not of the alphabet."""
-        return list(self.commands)
 
 
 @click.group(
@@ -94,5 +84,5 @@ def cli(context: click.Context, bus: str, key_file: str | None, interface: str |
     context.obj = Bus(bus, key_file, interface, peers)
 
 
-for command in (demo, pub, sub, tap, nodes, topics, keygen, completion):
+for command in (demo, pub, sub, tap, nodes, topics, journal, keygen, completion):
     cli.add_command(command)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from zmqbus.cli import shell
-from zmqbus.cli.forms import Fields, parse_value, to_json
+from zmqbus.cli.messages.forms import Fields, parse_value, to_json
 from zmqbus.cli.shell import remark, stopping
 from zmqbus.cli.shell.bus import Bus, Duration, Rate, Whole, greet, messages
 from zmqbus.cli.shell.output import PATIENCE, Output, colored, loss_report, plural
@@ -281,7 +281,7 @@ def pub(
 
 def renderer(template: str | None, as_json: bool) -> Callable[[Fields], str]:
     """How `sub` prints a message: as a line of JSON, by a template, or just topic and value."""
-    from zmqbus.cli.render import FormatString, compact, escape
+    from zmqbus.cli.messages.render import FormatString, compact, escape
 
     if template is not None and as_json:
         raise click.UsageError("--json and --format are two forms: choose one")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from zmqbus.cli.forms import human_age, human_bytes, moment, rfc3339
+from zmqbus.cli.messages.forms import human_age, human_bytes, moment, rfc3339
 from zmqbus.cli.shell import remark
 from zmqbus.cli.shell.bus import Bus, Duration, Watch
 from zmqbus.cli.shell.output import Column, make_table, on_terminal, show_table
@@ -50,7 +50,7 @@ _COLUMNS: tuple[Column, ...] = (
 
 
 def _cells(peer: Peer) -> list[str]:
-    from zmqbus.cli.render import escape
+    from zmqbus.cli.messages.render import escape
 
     age = human_age(time_ns() / 1e9 - peer.epoch / 1e9) if peer.epoch else ""
     texts = map(
@@ -155,7 +155,7 @@ def topics(bus: Bus, patterns: tuple[str, ...], as_json: bool, wait: float, time
                 row = msgspec.structs.asdict(info) | {"origin": f"{info.origin:016x}"}
                 click.echo(msgspec.json.encode(row))
         elif found:
-            from zmqbus.cli.render import escape
+            from zmqbus.cli.messages.render import escape
 
             columns: tuple[Column, ...] = (
                 Column("topic"),

@@ -18,6 +18,9 @@ class Acks:
         self._journal = journal
         self._due: dict[int, dict[bytes, int]] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._due)
+
     def add(self, topic: bytes, origin: int, seq: int) -> None:
         """Everything of a stream up to `seq` is on disk."""
         heads = self._due.get(origin)

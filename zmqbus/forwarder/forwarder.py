@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from zmqbus.errors import JournalError, NodeClosed, NoSpace, ZmqbusError
-from zmqbus.forwarder.acks import Acks
-from zmqbus.forwarder.ingest import Ingest, JournalTracker
+from zmqbus.errors import ZmqbusError
+from zmqbus.forwarder.inflow import Inflow
 from zmqbus.forwarder.readings import Readings
 from zmqbus.journal import Commit, Journal, Retention
-from zmqbus.net.clock import now, time_ns
+from zmqbus.net.clock import time_ns
 from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import AsyncEventStream, Warned
 from zmqbus.node.peers.serving import Counters
-from zmqbus.node.receiving.feed import Feed
-from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.storing.committer import Committer
 from zmqbus.node.storing.worker import Worker
-from zmqbus.node.wiring.links import Inbox, Link
+from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Command
 from zmqbus.protocol.topics import check_pattern
@@ -77,9 +72,6 @@ class Forwarder:
         age_max_ns = None if age_max is None else int(age_max * 1e9)
         self._retention = Retention(bytes_max, age_max_ns, on_full == "drop_oldest")
         self._failure: asyncio.Future[None] | None = None
-        self._ingest: Ingest | None = None
-        self._draining: asyncio.Handle | asyncio.TimerHandle | None = None
-        self._opening: asyncio.Task[None] | None = None
         self._store: Journal | None = None
 
     # --- life --------------------------------------------------------------------------------------
@@ -93,29 +85,27 @@ class Forwarder:
             Journal.open, self.path, now_ns=time_ns(), retention=self._retention
         )
         self.journal = journal.number
-        self._acks = Acks(self.journal)
         self._writing = Worker(loop, "zmqbus journal")
         self._reading = Worker(loop, "zmqbus log")
-        self._committer = Committer(journal, loop, self._writing, self._committed, self._room, self._failed)
-        self._readings = Readings(journal, loop, self._reading, self._committer, self._warn)
         self._engine = Engine(self._config, loop, self._turn_soon, self)
+        self._inflow = Inflow(journal, self._engine, self.claims, loop, self._failed)
+        self._committer = self._inflow.committer = Committer(
+            journal, loop, self._writing, self._committed, self._inflow.room, self._failed
+        )
+        self._readings = Readings(journal, loop, self._reading, self._committer, self._warn)
         try:
             await self._engine.open()
         except BaseException:
             await self._close_journal()
             raise
-        self._subscribe()
+        self._inflow.start()
         return self
 
     async def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
         """Leave the bus, commit what was received, and let go of the journal. May be called twice."""
         if self._store is None:
             return
-        if self._opening is not None:
-            self._opening.cancel()
-        self._drain_later(None)
-        if self._ingest is not None:
-            self._drain()
+        self._inflow.stop()
         try:
             await self._engine.close(timeout)
         finally:
@@ -183,7 +173,7 @@ class Forwarder:
             "journal_next_offset": journal.durable_offset,
             "journal_streams": len(journal.known),
             "journal_full": str(journal.full or ""),
-            "journal_messages": self._ingest.messages if self._ingest is not None else 0,
+            "journal_messages": self._inflow.messages,
             "commits": self._committer.commits,
             "fsync_p50_ms": 1e3 * times[len(times) // 2] if times else 0.0,
             "fsync_max_ms": 1e3 * times[-1] if times else 0.0,
@@ -194,125 +184,20 @@ class Forwarder:
         """Name, offset, and whether somebody reads under it."""
         return self._readings.cursors()
 
-    # --- in ----------------------------------------------------------------------------------------
-
-    def _subscribe(self) -> None:
-        self._opening = self._loop.create_task(self._attach())
-
-    async def _attach(self) -> None:
-        journal, engine = self._store, self._engine
-        assert journal is not None
-
-        def make(number: int, feed: Feed) -> Intake:
-            tracker = JournalTracker(self.claims, self._sources, journal, self._due)
-            self._ingest = Ingest(number, self.claims, feed, engine, tracker, journal)
-            return self._ingest
-
-        with contextlib.suppress(NodeClosed):
-            intake = await engine.attach(self.claims, make, lambda: self._drain_later(0.0))
-            descriptor = intake.fd
-            self._loop.add_reader(descriptor, self._drain)
-            intake.before_close = partial(self._unwatch, descriptor)
-            self._drain()
-
-    def _sources(self, topic: str, origin: int) -> Sequence[int]:
-        sources = self._engine.sources(topic, origin)
-        keeper = self._ingest.tracker.keepers.get(origin) if self._ingest is not None else None
-        return [keeper, *sources] if keeper is not None and self._engine.peering.joined(keeper) else sources
-
-    def _unwatch(self, descriptor: int) -> None:
-        self._loop.remove_reader(descriptor)
-
-    def _offered(self, keeper: int, offer: commands.Offer) -> None:
-        """A node has messages of one that is no more. Fetched and acknowledged as if they were its own."""
-        if self._ingest is not None and offer.origin not in self._engine.peering.links:
-            self._ingest.tracker.keepers[offer.origin] = keeper
-            self._ingest.heads(offer.origin, offer.heads, more=False)
-            self._drain_later(0.0)
-
-    def _link(self, origin: int) -> Link | None:
-        """To a publisher, or who keeps its messages."""
-        keeper = self._ingest.tracker.keepers.get(origin, origin) if self._ingest is not None else origin
-        return self._engine.peering.links.get(keeper)
-
-    def _drain_later(self, delay: float | None) -> None:
-        """Look again after so many seconds, and not before; None: not by a timer."""
-        if self._draining is not None:
-            self._draining.cancel()
-            self._draining = None
-        if delay is not None:
-            self._draining = self._loop.call_later(delay, self._drain) if delay else self._loop.call_soon(self._drain)
-
-    def _drain(self) -> None:
-        """Append what has arrived, and have it written."""
-        ingest = self._ingest
-        if ingest is None or ingest.closed is not None:
-            return
-        delay: float | None = None
-        try:
-            if ingest.is_behind:
-                pass  # the next commit comes back here
-            elif ingest.take(0) is not None:
-                delay = None if ingest.is_behind else 0.0
-            elif (due := ingest.timer()) is not None:
-                delay = max(0.001, due - now())
-        except NoSpace:
-            self._committer.check_room()
-            return
-        except JournalError as error:
-            self._failed(error)
-            return
-        self._drain_later(delay)
-        self._committer.pump()
-        self._tell()
-
-    def _committed(self, commit: Commit) -> None:
-        for topic, origin, seq in commit.acked:
-            self._acks.add(topic, origin, seq)
-        self._tell()
-        self._readings.grown()
-        if self._ingest is not None and not self._committer.full:
-            self._drain_later(0.0)
-
-    def _due(self, topic: bytes, origin: int) -> None:
-        """A publisher may not have heard what of its stream is on disk."""
-        journal = self._store
-        if journal is not None and (head := journal.head(topic, origin)).durable:
-            self._acks.add(topic, origin, head.durable)
-
-    def _tell(self) -> None:
-        for origin, ack in self._acks.take(self._committer.full):
-            if (link := self._link(origin)) is not None:
-                link.send(ack)
-
-    def _room(self, full: bool) -> None:
-        """The journal is full, or no longer. While it is, nobody should wait for us."""
-        for origin, link in self._engine.peering.links.items():
-            link.send(commands.Ack(self.journal, origin, [], full))
-        journal, ingest = self._store, self._ingest
-        assert journal is not None
-        if full:
-            self._warn(f"{journal.full}: nothing more is accepted until there is room")
-            self._ingest = None
-            self._drain_later(None)
-            if self._opening is not None:
-                self._opening.cancel()
-            if ingest is not None:
-                self._engine.dispose(ingest)
-        else:
-            self._warn(f"journal {self.path} has room again")
-            self._subscribe()
-
     # --- out ---------------------------------------------------------------------------------------
 
     def serve(self, inbox: Inbox, identity: bytes, origin: int, command: Command) -> bool:
         """Answer a command. False: it is not one of ours."""
         if isinstance(command.body, commands.Offer):
-            self._offered(origin, command.body)
+            self._inflow.offered(origin, command.body)
             return True
         return self._readings.serve(inbox, identity, origin, command)
 
     # --- inside ------------------------------------------------------------------------------------
+
+    def _committed(self, commit: Commit) -> None:
+        self._inflow.committed(commit)
+        self._readings.grown()
 
     def _turn_soon(self) -> None:
         self._loop.call_soon(self._engine.outlet.flush_all)
@@ -324,6 +209,4 @@ class Forwarder:
         assert self._failure is not None
         if not self._failure.done():
             self._failure.set_exception(error if isinstance(error, ZmqbusError) else ZmqbusError(repr(error)))
-        if (ingest := self._ingest) is not None:
-            self._ingest = None
-            self._engine.dispose(ingest)
+        self._inflow.stop()

@@ -20,8 +20,7 @@ UNWRITTEN_BYTES_MAX = 32 * 1024 * 1024  # appended and not yet written: beyond t
 TURN_BATCHES = 64  # taken before other work has its turn
 EVERYTHING = 2**62  # as history: all that publishers still have
 
-# What `take` returns when it should be called again, later.
-ENOUGH = Message("", None, 0, 0, 0.0)
+ENOUGH = Message("", None, 0, 0, 0.0)  # for `take`, which looks for more until it has a message
 
 
 class JournalTracker(Tracker):
@@ -32,42 +31,56 @@ class JournalTracker(Tracker):
         patterns: Iterable[str],
         sources: Callable[[str, int], Sequence[int]],
         journal: Journal,
-        due: Callable[[bytes, int], None],
+        due: Callable[[bytes, int, int], None],
     ) -> None:
+        """`due`: everything up to this seq of a stream is on disk, and its publisher may not have heard of it."""
         super().__init__(patterns, sources, history=EVERYTHING, resume=journal.expected, patient=True)
+        self._journal = journal
         self._due = due
 
     def observe_head(self, topic: bytes, origin: int, following: int, now: float) -> None:
         super().observe_head(topic, origin, following, now)
-        self._due(topic, origin)
+        if self._journal.head(topic, origin).durable >= following - 1:  # else it will hear of it
+            self._due(topic, origin, following - 1)
 
     def heads(self, origin: int, heads: Iterable[tuple[bytes, int]], more: bool, now: float) -> None:
         heads = list(heads)
         super().heads(origin, heads, more, now)
         for topic, _ in heads:
-            self._due(topic, origin)
+            if (durable := self._journal.head(topic, origin).durable) > 0:
+                self._due(topic, origin, durable)
 
 
 class Ingest(Intake):
-    """`take` appends to the journal what there is, and returns None when that is all, or ENOUGH."""
+    """`take` appends to the journal what there is, and returns None when that is all."""
 
     def __init__(
         self, number: int, patterns: Sequence[str], feed: Feed, driver: Driver, tracker: Tracker, journal: Journal
     ) -> None:
         super().__init__(number, patterns, feed, driver, tracker)
         self._journal = journal
-        self._budget = TURN_BATCHES
+        self.taken = 0
+        """Batches that the last `take` appended."""
+        self.has_more = False
+        """Whether it left some, because others shall have their turn."""
+        self.asked = False
+        """Somebody waits for an acknowledgement. To be reset by who has seen to it."""
         self._holes: dict[tuple[bytes, int], int] = {}  # one past what was declared lost, for the next batch
 
     def take(self, patience_ms: int) -> Message | None:
         """Append what is there. Raises NoSpace, JournalFailed."""
-        self._budget = TURN_BATCHES
-        return super().take(patience_ms)
+        self.taken = 0
+        enough = super().take(patience_ms)
+        self.has_more = enough is not None
+        return enough
 
     @property
     def is_behind(self) -> bool:
         """Whether the disk has to catch up first."""
         return self._journal.buffered_bytes > UNWRITTEN_BYTES_MAX
+
+    def _on_asked(self) -> None:
+        self.asked = True
 
     def _decode(self, stream: Stream, frame: bytes, size: int, first: int, time_ns: int) -> Message | None:
         payload = memoryview(frame)[self._body - HEADER_BYTES :]
@@ -84,8 +97,8 @@ class Ingest(Intake):
 
     def _accepted(self, count: int) -> Message | None:
         self.messages += count
-        self._budget -= 1
-        return None if self._budget > 0 and not self.is_behind else ENOUGH
+        self.taken += 1
+        return None if self.taken < TURN_BATCHES and not self.is_behind else ENOUGH
 
     def _append(self, stream: Stream, batch: Batch, allow_gap: bool = False) -> None:
         frame, *external = batch.parts

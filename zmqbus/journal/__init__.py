@@ -1,7 +1,7 @@
 """The journal: batches on disk, acknowledged only once they are there. Files only: no sockets, threads or clocks.
 
-`Journal` writes and recovers, `Reader`, `fetch` and `find_time` read, `Retention` says what may go, `inspect` is for
-operators. How a forwarder's loop drives it, with one worker thread and one sync in flight:
+`Journal` writes and recovers, `Reader`, `fetch` and `find_time` read, `Retention` says what may go, `inspect` and
+`repair` are for operators. How a forwarder's loop drives it, with one worker thread and one sync in flight:
 
     journal.append(topic, origin, first_seq, count, time_ns, parts)     # for all that has arrived
     if nothing is in flight and (ticket := journal.write(now_ns)):      # a few ms per 16 MiB

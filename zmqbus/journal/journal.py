@@ -54,11 +54,12 @@ SEQ_MAX = 1 << 62  # leaves room to add a count
 
 
 class Ticket:
-    """One write's way to the disk. Only `synced` is for others to read."""
+    """One write's way to the disk. Others may read `synced`, `size` in bytes, and `rotate`."""
 
     def __init__(self, writer: SegmentWriter, next_offset: int, now_ns: int) -> None:
         self.writer = writer
         self.position = writer.position
+        self.size = 0
         self.next_offset = next_offset
         self.now_ns = now_ns
         self.heads: dict[Stream, int] = {}
@@ -255,6 +256,7 @@ class Journal:
                 heads.clear()
                 ticket.refused = self._refuse(error)
             else:
+                ticket.size = position - ticket.position
                 ticket.position, ticket.next_offset = position, next_offset
                 self._written_offset = next_offset
                 self._checkpointed = False

@@ -29,8 +29,11 @@ Accept = Callable[[bytes], bool]
 class Log(Protocol):
     """What there is to read: a Journal, or a directory opened for inspection."""
 
-    segments: tuple[Segment, ...]
-    durable_offset: int
+    @property
+    def segments(self) -> tuple[Segment, ...]: ...
+
+    @property
+    def durable_offset(self) -> int: ...
 
     @property
     def storage(self) -> Storage: ...

@@ -80,6 +80,9 @@ class Storage(Protocol):
         """Take the exclusive lock of an open file without waiting, and leave our process id in the file.
         False when somebody else holds it."""
 
+    def locked(self, fd: int) -> bool:
+        """Whether somebody else holds the exclusive lock of an open file."""
+
     def free_bytes(self, path: str) -> int:
         """Bytes an ordinary user may still write to the file system of `path`."""
 
@@ -158,6 +161,15 @@ class Disk:
             os.ftruncate(fd, 0)
             os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         return True
+
+    def locked(self, fd: int) -> bool:
+        # There is no asking without taking it for an instant; shared, so that two who ask do not see each other.
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        return False
 
     def free_bytes(self, path: str) -> int:
         status = os.statvfs(path)
@@ -291,8 +303,7 @@ class Directory:
             lock_fd = storage.open(f"{path}/{LOCK}", write=True, create=True)
             try:
                 if not storage.lock(lock_fd):
-                    holder = storage.pread(lock_fd, 20, 0).strip()
-                    raise JournalLocked(path, int(holder) if holder.isdigit() else None)
+                    raise JournalLocked(path, _holder(storage, lock_fd) or None)
                 if META not in storage.list(path):
                     publish_file(storage, path, META, [encode_meta(storage.random(16))], durable=True)
                 uuid = read_meta(storage, path)
@@ -310,6 +321,23 @@ class Directory:
         if self._lock_fd >= 0:
             self.storage.close(self._lock_fd)
             self._lock_fd = -1
+
+
+def in_use(storage: Storage, path: str) -> int | None:
+    """The id of the process that holds a journal's lock, 0 if that is not known; None if nobody holds it."""
+    try:
+        fd = storage.open(f"{path}/{LOCK}")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return _holder(storage, fd) if storage.locked(fd) else None
+    finally:
+        storage.close(fd)
+
+
+def _holder(storage: Storage, lock_fd: int) -> int:
+    text = storage.pread(lock_fd, 20, 0).strip()
+    return int(text) if text.isdigit() else 0
 
 
 def _prepare(storage: Storage, path: str) -> list[str]:

@@ -464,6 +464,7 @@ class Engine:
             "warnings": self._warnings,
             "fetches_served": self._service.fetches,
             "fetch_bytes_served": self._service.fetch_bytes,
+            **(self._outbox.counters() if self._outbox is not None else {}),
         }
 
     async def topics(self, patterns: Sequence[str], timeout: float) -> list[TopicInfo]:

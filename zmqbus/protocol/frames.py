@@ -23,6 +23,9 @@ that a single value of EXTERNAL_BYTES_MIN or more travels as a second part, so t
     EXTERNAL              as above, but in a second message part; count is 1
     EXTERNAL | RAW        a second part that *is* the one value, of msgpack type bin, without any packing
 
+    HEAD flags            says also
+    ASKS                  somebody waits for a forwarder's acknowledgement of all before this
+
 ZeroMQ limits a queue in messages. So that it is limited in bytes as well, publishers let each 256 KiB of a large
 message be followed by one BALLAST frame on its topic. Receivers ignore them.
 
@@ -50,6 +53,8 @@ BALLAST = 4
 HEADERS = 1
 EXTERNAL = 2
 RAW = 4
+
+ASKS = 1
 
 _EXTERNALS = (EXTERNAL, EXTERNAL | HEADERS, EXTERNAL | RAW)
 

@@ -25,7 +25,7 @@ import msgspec
 from click.core import ParameterSource
 
 from zmqbus.cli import shell
-from zmqbus.cli.forms import human_age, human_bytes, human_rate
+from zmqbus.cli.messages.forms import human_age, human_bytes, human_rate
 from zmqbus.cli.shell import remark
 from zmqbus.cli.shell.bus import Duration, Whole
 from zmqbus.cli.shell.output import Column, make_table, on_terminal, plural, show_table

@@ -20,7 +20,13 @@ from zmqbus.errors import (
     AuthError,
     FormatError,
     GapError,
+    JournalCorrupt,
+    JournalFailed,
+    JournalLocked,
+    JournalUnavailable,
+    JournalVersion,
     MessageTooLarge,
+    NoSpace,
     ParseError,
     TopicError,
     UnsupportedValue,
@@ -32,7 +38,8 @@ from zmqbus.errors import (
 # --- exit codes --------------------------------------------------------------------------------
 
 OK, FAILED, USAGE, TIMED_OUT, LOST = range(5)
-BUG, IO_ERROR, NO_PERMISSION = 70, 74, 77  # as in sysexits.h
+# As in sysexits.h:
+DATA_ERROR, NO_INPUT, BUG, CANNOT_CREATE, IO_ERROR, IN_USE, NO_PERMISSION = 65, 66, 70, 73, 74, 75, 77
 INTERRUPTED, OUTPUT_CLOSED = 130, 141  # 128 + the signal's number, as shells have it
 
 EXIT_CODES = {
@@ -41,8 +48,12 @@ EXIT_CODES = {
     USAGE: "the command line is wrong: an option, a topic, a value, an expression",
     TIMED_OUT: "waited in vain: nobody there, too few messages, no confirmation",
     LOST: "messages were lost (with --fail-on-loss, and demo)",
+    DATA_ERROR: "a journal is damaged, or something in it is no message",
+    NO_INPUT: "there is no journal, or it cannot be opened, or it is of a newer zmqbus",
     BUG: "an error in zmqbus itself; ZMQBUS_DEBUG=1 shows where",
-    IO_ERROR: "a file or the output could not be read or written",
+    CANNOT_CREATE: "the file to write to cannot be created, or is there already",
+    IO_ERROR: "a file or the output could not be read or written, or a disk is full",
+    IN_USE: "the journal is in use by another process",
     NO_PERMISSION: "the key file cannot be used, or keys do not fit",
     INTERRUPTED: "interrupted by Ctrl-C (143: by SIGTERM)",
     OUTPUT_CLOSED: "whoever read the output has left",
@@ -60,8 +71,31 @@ def code_of(error: ZmqbusError) -> int:
             return LOST
         case AuthError():
             return NO_PERMISSION
+        case JournalCorrupt():
+            return DATA_ERROR
+        case JournalUnavailable() | JournalVersion():
+            return NO_INPUT
+        case JournalLocked():
+            return IN_USE
+        case JournalFailed() | NoSpace():
+            return IO_ERROR
         case _:
             return FAILED
+
+
+class Group(click.Group):
+    """A group of commands, listed in the order of use."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's; without any arguments, say what there is."""
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(USAGE)
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Not in that of the alphabet."""
+        return list(self.commands)
 
 
 # --- failing -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from zmqbus.cli.forms import parse_duration
+from zmqbus.cli.messages.forms import parse_duration
 from zmqbus.cli.shell import remark
 from zmqbus.cli.shell.output import on_terminal
 from zmqbus.cli.shell.stopping import PEEK, check, suspended
@@ -145,7 +145,7 @@ class Watch:
 
     def poll(self) -> None:
         """Take note of what has happened."""
-        from zmqbus.cli.render import escape
+        from zmqbus.cli.messages.render import escape
         from zmqbus.node.events import KeyMismatch, Warned
         from zmqbus.protocol.members.peers import PeerJoined
 

@@ -15,6 +15,7 @@ from zmqbus.cli.shell.stopping import PEEK, check, suspended
 from zmqbus.net.clock import now
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from rich.table import Table
 
     from zmqbus.protocol.streams.stream import Gap
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 64 * 1024  # gathered before it is written, while more comes
 STEP_BYTES = 4096  # at a time: what a pipe that is ready takes without blocking
 PATIENCE = 1.0  # seconds that whoever reads our output has for the rest of it when we end
+METER_AFTER = 0.5  # seconds that work takes before it gets a bar
+METER_EVERY = 0.1  # … and between two pictures of it
 GAPS_SHOWN = 20  # ranges in a report
 FOLDED = 16  # cells that a column keeps, when texts have to be folded
 GAP = 3  # cells between columns; one more on either side of the table
@@ -62,8 +65,11 @@ class Output:
 
     def put(self, text: str) -> None:
         """One message more, without its last newline. It is written by and by, at the latest by `flush`."""
-        self._pending += text.encode(self._encoding, "backslashreplace")
-        self._pending += b"\n"
+        self.put_bytes(text.encode(self._encoding, "backslashreplace") + b"\n")
+
+    def put_bytes(self, data: bytes) -> None:
+        """The same for one that is encoded already."""
+        self._pending += data
         self._ends.append(self._written + len(self._pending))
         if len(self._pending) >= BLOCK_BYTES:
             self.flush()
@@ -96,6 +102,37 @@ class Output:
         return self._shown
 
 
+class Meter:
+    """How far long work has come: a bar on stderr, on a terminal only, and not for work that is done at once."""
+
+    def __init__(self, label: str, *, shown: bool = True) -> None:
+        self._label = label
+        self._shown = shown and sys.stderr is not None and sys.stderr.isatty()
+        self._due = now() + METER_AFTER
+        self._bar: Progress | None = None
+
+    def update(self, done: int, total: int) -> None:
+        """Whoever works calls this often. Raises Stopped, if the command was asked to stop."""
+        check()
+        if not self._shown or now() < self._due:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            columns = TextColumn(self._label), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+            self._bar.add_task("")
+        self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, refresh=True)
+        self._due = now() + METER_EVERY
+
+    def hide(self) -> None:
+        """Take the bar away: something else is to be printed. It comes back with the next update."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
 # --- saying what was lost ----------------------------------------------------------------------
 
 
@@ -113,7 +150,7 @@ class Losses(Protocol):
 
 def loss_report(losses: Losses, name: Callable[[int], str]) -> str:
     """`nothing lost`, or how much, and below it which messages, by publisher and range."""
-    from zmqbus.cli.render import escape
+    from zmqbus.cli.messages.render import escape
 
     if not losses.lost:
         return "nothing lost"

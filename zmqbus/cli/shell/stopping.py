@@ -76,9 +76,10 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _overdue(number: int, frame: FrameType | None) -> NoReturn:
-    fd = sys.__stdout__.fileno() if sys.__stdout__ is not None else -1
-    if fd >= 0 and os.isatty(fd) and select.select([], [fd], [], 0)[1]:
-        os.write(fd, SHOW_CURSOR)  # a live table may have hidden it
+    for stream in (sys.__stdout__, sys.__stderr__):
+        fd = stream.fileno() if stream is not None else -1
+        if fd >= 0 and os.isatty(fd) and select.select([], [fd], [], 0)[1]:
+            os.write(fd, SHOW_CURSOR)  # a live table or a bar may have hidden it
     os._exit(128 + _asked)
 
 

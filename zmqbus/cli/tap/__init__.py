@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zmqbus.cli import shell
-from zmqbus.cli.forms import Fields, human_age, to_json
+from zmqbus.cli.messages.forms import Fields, human_age, to_json
 from zmqbus.cli.shell import remark, stopping
 from zmqbus.cli.shell.bus import Bus, Duration, Watch, Whole, greet, messages
 from zmqbus.cli.shell.output import loss_report, plural
@@ -148,7 +148,7 @@ class Sniffer:
 def _view(template: str | None, as_json: bool, dump: bool, subjects: bool, latest: bool) -> View:
     from rich.console import Console
 
-    from zmqbus.cli.render import FormatString, Line
+    from zmqbus.cli.messages.render import FormatString, Line
 
     if (template is not None) + as_json + dump > 1:
         raise click.UsageError("--json, --format and --hex are different forms: choose one")
@@ -223,7 +223,7 @@ def tap(
       startswith(x, y) endswith(x, y) contains(x, y) matches(x, r"regex")
     --format knows the same names in braces, with Python's format specifications.
     """
-    from zmqbus.cli.where import compile_where
+    from zmqbus.cli.messages.where import compile_where
 
     patterns = patterns or (">",)
     for pattern in (*patterns, *exclude):

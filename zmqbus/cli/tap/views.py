@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 import msgspec
 
-from zmqbus.cli.forms import Fields, human_bytes, human_rate
+from zmqbus.cli.messages.forms import Fields, human_bytes, human_rate
 from zmqbus.cli.shell import remark
 from zmqbus.cli.shell.output import PATIENCE, Column, Output, make_table, on_terminal, plural, show_table
 from zmqbus.net.clock import now, time_ns
@@ -16,7 +16,7 @@ from zmqbus.net.clock import now, time_ns
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from zmqbus.cli.render import LastPerTopic, TopicTable
+    from zmqbus.cli.messages.render import LastPerTopic, TopicTable
 
 REDRAW = 0.25  # seconds between two pictures of a live table
 
@@ -80,7 +80,7 @@ class Subjects:
     )
 
     def __init__(self, as_json: bool) -> None:
-        from zmqbus.cli.render import TopicTable
+        from zmqbus.cli.messages.render import TopicTable
 
         self._table: TopicTable = TopicTable()
         self._json = as_json
@@ -143,7 +143,7 @@ class Latest:
     """The last message of each topic. Live on a terminal, each on one line; otherwise once, at the end."""
 
     def __init__(self, render: Callable[[Fields], str], brief: Callable[[Fields], str] | None) -> None:
-        from zmqbus.cli.render import LastPerTopic
+        from zmqbus.cli.messages.render import LastPerTopic
 
         self._last: LastPerTopic = LastPerTopic()
         self._render = render

@@ -1,6 +1,7 @@
 """Waiting for forwarders: until a message is on disk, until all are, until there is room. Both faces.
 
-What is waited for is the `Ledger`'s to know; a `Tally` is who waits. The outlet's lock is held for both.
+What is waited for is the `Ledger`'s to know; a `Tally` is who waits. The outlet's lock is held for both. Forwarders
+take a little time to commit, unless they are asked: a HEAD says that somebody waits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from zmqbus.errors import BufferFull, NotDurable
 from zmqbus.net.clock import now, sleep
 from zmqbus.node.publishing.publisher import TURN, Keeper, Publisher
+from zmqbus.protocol.frames import ASKS
 from zmqbus.protocol.streams.acks import Ledger
 from zmqbus.protocol.streams.history import History
 
@@ -64,8 +66,12 @@ def hold(out: Accounts, publisher: Publisher, number: int = 1) -> None:
 def watch(out: Accounts, publisher: Publisher, seq: int, tally: Tally) -> bool:
     """Wait for one message. Returns whether anybody claims it."""
     with out.lock:
-        if out.pace != TURN:  # there others may be about to publish in this turn, and to wait together
+        if out.pace != TURN:
             publisher.flush()
+            publisher.send_head(ASKS)
+        elif not publisher.asks:  # others may be about to publish in this turn, and to wait together
+            publisher.asks = True
+            publisher.expect()
         account = out.ledger.account(publisher.topic, publisher.shelf)
         tally.left += 1
         out.ledger.wait(account, seq, tally)
@@ -84,8 +90,10 @@ def watch_all(out: Accounts, tally: Tally) -> None:
     out.flush_all()
     with out.lock:
         for topic, account in out.ledger.accounts.items():
-            sent = out.publishers[topic].sent
+            publisher = out.publishers[topic]
+            sent = publisher.sent
             if account.claimants and account.durable < sent:
+                publisher.send_head(ASKS)
                 tally.left += 1
                 out.ledger.wait(account, sent, tally)
         tally.done(None)

@@ -94,6 +94,7 @@ class Publisher(Ring):
         "_out",
         "_quiet",
         "_size",
+        "asks",
         "full",
         "kept",
         "prefix",
@@ -107,6 +108,7 @@ class Publisher(Ring):
         super().__init__()
         self.topic = topic
         self.prefix = encoded + b"\0"
+        self.asks = False  # for an acknowledgement, as soon as what is gathered is sent
         self.kept = False  # in the outbox
         self.shelf = Shelf()  # this stream's part of the history
         self.sent_bytes = 0
@@ -267,6 +269,15 @@ class Publisher(Ring):
         """Send what is stored. What follows is seen to anew. Under the lock."""
         self.full = 0  # first: who fills a slot that we do not see yet sees this
         self._flush()
+        if self.asks:
+            self.asks = False
+            self.send_head(frames.ASKS)
+
+    def expect(self) -> None:
+        """Be flushed at the end of this turn, if that is not so already. Under the lock."""
+        if not self.full:
+            self._out.expect(self)
+            self.full = self.sent + 1 + min(self.room, self._out.share)
 
     def _flush(self, end: int = 0) -> None:
         """Send what is stored: before `end`, if that is thought to be all there; or else up to the first empty slot."""
@@ -348,8 +359,8 @@ class Publisher(Ring):
         self._quiet = True
         return True
 
-    def send_head(self) -> None:
+    def send_head(self, flags: int = 0) -> None:
         """Say how far this stream has come, on its own topic, behind all that was sent. Under the lock."""
         out = self._out
-        frame = frames.encode_frame(self.prefix, frames.HEAD, 0, 0, out.origin, self.following, time_ns())
+        frame = frames.encode_frame(self.prefix, frames.HEAD, flags, 0, out.origin, self.following, time_ns())
         out.broadcast.send((frame,))

@@ -25,7 +25,17 @@ from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVMORE, RCVTIMEO, Again
 from zmqbus.net.waker import WAKE_PREFIX
 from zmqbus.node.receiving.decoding import Unpacker
 from zmqbus.node.receiving.feed import Feed, Gate
-from zmqbus.protocol.frames import BALLAST, DATA, EXTERNAL, HEAD, HEADER_BYTES, ORDER, Batch, parse_header
+from zmqbus.protocol.frames import (
+    ASKS,
+    BALLAST,
+    DATA,
+    EXTERNAL,
+    HEAD,
+    HEADER_BYTES,
+    ORDER,
+    Batch,
+    parse_header,
+)
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.streams.stream import SETTLED, Fetch, Gap, Stream
 from zmqbus.protocol.streams.tracking import Tracker
@@ -241,6 +251,8 @@ class Intake:
                 elif kind == HEAD:
                     tracker.observe_head(frame[:cut], origin, first, now())
                     self._repair(drained=False)
+                    if flags & ASKS:
+                        self._on_asked()
                 elif kind != BALLAST:
                     self._drop_parts()
             except RemoteProtocolError as error:
@@ -301,6 +313,9 @@ class Intake:
                 for work in afterwards:
                     work()
         return bool(self.tracker.ready or self._inbox)
+
+    def _on_asked(self) -> None:
+        """Somebody waits for an acknowledgement: none of our business, unless we give such."""
 
     def _forget(self, origin: int) -> None:
         self.tracker.forget(origin)

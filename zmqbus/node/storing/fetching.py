@@ -8,21 +8,28 @@ from zmqbus.node.storing.worker import Worker
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Error
+from zmqbus.protocol.frames import SEQ_MAX
 
 FETCH_BYTES = 1024 * 1024  # per answer: large enough to be quick, small enough to share the link
 
 
 async def answer_fetch(
-    journal: Journal, worker: Worker, inbox: Inbox, identity: bytes, request: int, body: commands.Fetch
+    journal: Journal,
+    worker: Worker,
+    inbox: Inbox,
+    identity: bytes,
+    request: int,
+    body: commands.Fetch,
+    upto: int = SEQ_MAX,
 ) -> None:
-    """Answer with BATCHES, or with ERROR `journal`."""
+    """Answer with BATCHES, or with ERROR `journal`. Nothing is said of messages beyond `upto`: others know of them."""
     size = min(body.bytes, FETCH_BYTES)
     try:
         batches = await worker.do(fetch, journal, body.topic, body.origin, body.first, body.last, size)
     except JournalError as error:
         inbox.answer(identity, Error("journal", str(error)[:1000]), request)
         return
-    reached = body.last
+    reached = min(body.last, upto)
     if sum(batch.size for batch in batches) >= size:  # there may be more: ask again
         reached = min(reached, batches[-1].last_seq)
     parts = [bytes(part) for batch in batches for part in (batch.frame, batch.external) if part is not None]

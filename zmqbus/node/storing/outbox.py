@@ -63,7 +63,8 @@ class Outbox:
         self._reader = Reader(journal, start)
         self._ahead: deque[Batch] = deque()
         self._moved = asyncio.Event()
-        self._tasks = [loop.create_task(self._trim(start)), loop.create_task(self._offer_again(start))]
+        self._position = start  # before it all is delivered
+        self._tasks = [loop.create_task(self._trim()), loop.create_task(self._offer_again(start))]
         self._answers: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -92,12 +93,21 @@ class Outbox:
         """Commit what has been added, and let go of the journal."""
         for task in (*self._tasks, *self._answers):
             task.cancel()
+        await asyncio.wait(self._tasks)
         self._append_fresh()
+        with contextlib.suppress(JournalError):  # then it is delivered twice, and stored once
+            await self._advance()
         await self._committer.close()
         self._reader.close()
         await asyncio.to_thread(self._reading.close)
         await asyncio.to_thread(self._writing.close)
         await asyncio.to_thread(self.journal.close, time_ns())
+
+    def counters(self) -> dict[str, int | float]:
+        """Its size, and messages that no forwarder is known to have."""
+        journal = self.journal
+        left = journal.durable_offset - journal.cursors.all()[DELIVERED].offset
+        return {"outbox_bytes": journal.bytes_used, "outbox_undelivered": left}
 
     # --- from publishers, under their lock -----------------------------------------------------------
 
@@ -191,11 +201,14 @@ class Outbox:
                 self._offer(Offer(origin, heads[at : at + HEADS_PER_COMMAND]))
 
     def serve(self, inbox: Inbox, identity: bytes, command: Command) -> bool:
-        """Answer a FETCH from the disk, if the stream is there."""
+        """Answer a FETCH from the disk, if what it begins with is there."""
         body = command.body
-        if not isinstance(body, commands.Fetch) or (body.topic, body.origin) not in self.journal.known:
+        if not isinstance(body, commands.Fetch):
             return False
-        answer = answer_fetch(self.journal, self._reading, inbox, identity, command.request, body)
+        upto = self.journal.head(body.topic, body.origin).durable
+        if upto < body.first:
+            return False
+        answer = answer_fetch(self.journal, self._reading, inbox, identity, command.request, body, upto)
         task = self._loop.create_task(answer)
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
@@ -215,27 +228,29 @@ class Outbox:
             self.offer()
             await asyncio.sleep(OFFER_PERIOD)
 
-    async def _trim(self, start: int) -> None:
-        """Move the cursor behind what is delivered."""
-        position, reader, ahead = start, self._reader, self._ahead
-        while True:
-            await self._moved.wait()
-            self._moved.clear()
-            try:
-                while ahead or not reader.caught_up:
-                    if not ahead:
-                        ahead.extend(await self._reading.do(reader.read))
-                        continue
-                    batch = ahead[0]
-                    if batch.last_seq > self._delivered((batch.topic, batch.origin)):
-                        break
-                    position = ahead.popleft().next_offset
-                if position > self.journal.cursors.all()[DELIVERED].offset:
-                    await self._committer.commit_cursors({DELIVERED: Cursor(position)})
-            except JournalError as error:
-                self._failed(error)
-                return
-            await asyncio.sleep(TRIM_PERIOD)
+    async def _trim(self) -> None:
+        """Move the cursor behind what is delivered, again and again."""
+        try:
+            while True:
+                await self._moved.wait()
+                self._moved.clear()
+                await self._advance()
+                await asyncio.sleep(TRIM_PERIOD)
+        except JournalError as error:
+            self._failed(error)
+
+    async def _advance(self) -> None:
+        reader, ahead = self._reader, self._ahead
+        while ahead or not reader.caught_up:
+            if not ahead:  # nothing that was read is dropped, should whoever waits for it here be cancelled
+                await self._reading.do(lambda: ahead.extend(reader.read()))
+                continue
+            batch = ahead[0]
+            if batch.last_seq > self._delivered((batch.topic, batch.origin)):
+                break
+            self._position = ahead.popleft().next_offset
+        if self._position > self.journal.cursors.all()[DELIVERED].offset:
+            await self._committer.commit_cursors({DELIVERED: Cursor(self._position)})
 
 
 def _leftovers(journal: Journal, start: int, own: int) -> dict[Key, int]:

@@ -18,12 +18,15 @@ class Worker:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str) -> None:
         self._loop = loop
+        self.waiting = 0
+        """Tasks whose `then` has not been called."""
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, work: Callable[..., T], *arguments: Any, then: Callable[[T, BaseException | None], None]) -> None:
         """Do `work(*arguments)` on the thread, and then call `then(result, error)` on the loop."""
+        self.waiting += 1
         self._tasks.put((work, arguments, then))
 
     async def do(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -55,5 +58,11 @@ class Worker:
             except BaseException as raised:  # whatever it is, it is for the loop to deal with
                 error = raised
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(then, result, error)
+                self._loop.call_soon_threadsafe(self._done, then, result, error)
             del task, work, arguments, then, result, error  # keep nothing alive while waiting
+
+    def _done(
+        self, then: Callable[[Any, BaseException | None], None], result: object, error: BaseException | None
+    ) -> None:
+        self.waiting -= 1
+        then(result, error)

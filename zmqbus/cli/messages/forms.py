@@ -26,7 +26,7 @@ import math
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time, timedelta
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,7 @@ from zmqbus.protocol.message import Message
 
 EXACT_INT_MAX = 2**53 - 1  # beyond it, readers that hold numbers as doubles (JavaScript, jq) silently round
 JSON_DEPTH_MAX = 100  # a peer may nest as deep as our stack; common JSON readers give up at 100 to 1000
+_EPOCH = datetime.fromtimestamp(0, UTC)
 DURATION_S_MAX = 36_500 * 86_400.0  # a century: longer is a typing error, and would overflow timestamps
 SIZE_BYTES_MAX = 2**63 - 1
 
@@ -104,8 +105,12 @@ def rfc3339(when: datetime) -> str:
 
 
 def to_json(fields: Fields) -> str:
-    """One message as one line of JSON, without the newline. Values and headers are in the form drawn above."""
-    row = {
+    """One message as one line of JSON, without the newline. Values and headers are in the form drawn above.
+
+    One that was read from a journal begins with its offset there.
+    """
+    row: dict[str, Any] = {} if fields.message.offset is None else {"offset": fields.message.offset}
+    row |= {
         "topic": fields["topic"],
         "seq": fields["seq"],
         "origin": fields["origin"],
@@ -320,6 +325,40 @@ def parse_duration(text: str) -> float:
     if total > DURATION_S_MAX:
         raise ParseError("duration", text, "it is longer than a century")
     return total
+
+
+_CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?")
+_TIME_HELP = (
+    "write 2026-07-31T03:00 or '2026-07-31 03:00' (local time, unless it ends in Z or +02:00), 2026-07-31, 03:00 "
+    "(the last time it was that), -90m (that long ago), @1785466800 (Unix time) or now"
+)
+
+
+def parse_time_ns(text: str, now_ns: int) -> int:
+    """The moment meant by a text, in Unix ns; see _TIME_HELP. Raises ParseError."""
+    plain = text.strip()
+    now = moment(now_ns / 1e9)
+    try:
+        if plain == "now":
+            return now_ns
+        if plain.startswith("-"):
+            return now_ns - round(parse_duration(plain[1:]) * 1e9)
+        if plain.startswith("@"):
+            when = datetime.fromtimestamp(float(plain[1:]), UTC)
+        elif _CLOCK.fullmatch(plain):
+            clock = time.fromisoformat(plain.zfill(8 if plain.count(":") == 2 else 5))
+            local = datetime.combine(now.astimezone().date(), clock)
+            if local.astimezone() > now:
+                local -= timedelta(days=1)
+            when = local.astimezone()
+        else:
+            when = datetime.fromisoformat(plain).astimezone(UTC)
+        return (when - _EPOCH) // timedelta(microseconds=1) * 1000
+    except ParseError as error:
+        raise ParseError("time", text, error.reason) from None
+    except (ValueError, OverflowError, OSError):
+        hint = "; for that long ago write a minus before it" if _DURATION_PART.match(plain) else ""
+        raise ParseError("time", text, _TIME_HELP + hint) from None
 
 
 _SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,20}))?\s*(?:([kmgt])(ib?|b)?|b)?", re.IGNORECASE)

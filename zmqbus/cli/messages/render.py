@@ -21,8 +21,8 @@ from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-from zmqbus.cli.forms import FIELDS, Fields, human_age, human_bytes, human_rate, moment, rfc3339
-from zmqbus.cli.where import MISSING, lookup
+from zmqbus.cli.messages.forms import FIELDS, Fields, human_age, human_bytes, human_rate, moment, rfc3339
+from zmqbus.cli.messages.where import MISSING, lookup
 from zmqbus.errors import FormatError
 from zmqbus.protocol.message import Message
 
@@ -158,25 +158,29 @@ class Line:
     terminal it is coloured (unless NO_COLOR is set); a map or array is spread out, over indented rows if it does not
     fit; any other value is cut to the width, and with `brief` these as well.
     With `dump`, a hexdump follows in place of the value: of bytes as they are, of any other value as msgpack.
+    One that was `stored` begins with its offset in the journal and the date, and its age is left out.
     """
 
-    def __init__(self, console: Console, *, dump: bool = False, brief: bool = False) -> None:
+    def __init__(self, console: Console, *, dump: bool = False, brief: bool = False, stored: bool = False) -> None:
         self._console = console
         self._dump = dump
         self._brief = brief
+        self._stored = stored
         self._colored = console.is_terminal and console.color_system is not None and not console.no_color
         self._cut = console.file.isatty()
 
     def render(self, fields: Fields) -> str:
         """The line, or the lines, without the last newline."""
         width = self._console.width if self._cut else None  # asked each time: windows are resized
+        when = moment(fields["time"]).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
         parts = [
-            (moment(fields["time"]).astimezone().strftime("%H:%M:%S.%f")[:-3], _DIM),
+            (f"{fields.message.offset}  {when}" if self._stored else when[11:], _DIM),
             (f"  {escape(fields['topic'])}", _TOPIC),
             (f"  {escape(fields['node'] or fields['origin'])}#{fields['seq']}", _NODE),
             (f"  {'?' if fields['size'] is None else human_bytes(fields['size'])}", _DIM),
-            (f"  {human_age(fields['age'])}", _DIM),
         ]
+        if not self._stored:
+            parts.append((f"  {human_age(fields['age'])}", _DIM))
         if fields["headers"]:
             shown = (f"{escape(key)}={compact(item, width)}" for key, item in fields["headers"].items())
             parts.append((f"  [{' '.join(shown)}]", _DIM))

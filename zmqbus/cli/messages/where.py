@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from zmqbus.cli.forms import FIELDS
+from zmqbus.cli.messages.forms import FIELDS
 from zmqbus.errors import WhereError
 
 TEXT_CHARS_MAX = 1_000  # bounds the parser's work and every literal

@@ -1,0 +1,216 @@
+"""What comes in: takes batches off the socket into the journal, has them committed, and tells their publishers.
+
+Two ways of going about it. Where somebody waits for an acknowledgement, as a HEAD may say, everything is done at once.
+Where nobody does, live traffic comes first: what trickles in is looked at every few milliseconds, so that those who
+publish and receive find a processor that is free, and the disk is not synced for every message.
+
+A journal without room ends the subscription, so that publishers need not wait for us; what they have not been told is
+safe they keep. When there is room again it is subscribed anew, and fetched from where the journal ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from zmqbus.errors import JournalError, NodeClosed, NoSpace
+from zmqbus.forwarder.acks import Acks
+from zmqbus.forwarder.ingest import Ingest, JournalTracker
+from zmqbus.journal import Commit, Journal
+from zmqbus.net.clock import now
+from zmqbus.node.engine import Engine
+from zmqbus.node.events import Warned
+from zmqbus.node.receiving.feed import Feed
+from zmqbus.node.receiving.intake import Intake
+from zmqbus.node.storing.committer import Committer
+from zmqbus.node.wiring.links import Link
+from zmqbus.protocol import commands
+
+ATTENTIVE = 1.0  # seconds for which everything is done at once, after somebody has waited for something
+RELAXED = 0.005  # seconds between two looks at the socket, when nobody does
+RELAXED_BATCHES = 24  # more than that since the last look is no trickle: the queue holds 64 on either side
+ACK_LINGER = 0.02  # seconds that an acknowledgement may take that nobody waits for
+ACK_COMMITS = 4  # or so many commits, which then are of 1 MiB: publishers have a bound on what is not acknowledged
+
+
+class Inflow:
+    """Everything between the sockets of a node and the committer of a journal. On the loop."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        engine: Engine,
+        claims: list[str],
+        loop: asyncio.AbstractEventLoop,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.committer: Committer  # set by whoever makes both
+        self._journal = journal
+        self._engine = engine
+        self._claims = claims
+        self._loop = loop
+        self._on_failure = on_failure
+        self._acks = Acks(journal.number)
+        self._tracker = self._new_tracker()
+        self._ingest: Ingest | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._look: asyncio.Handle | None = None  # the next, if not when something arrives
+        self._ack_timer: asyncio.TimerHandle | None = None
+        self._untold = 0  # commits since publishers were told
+        self._attentive_until = 0.0
+        self._urgent = False
+        self._watching = False
+        self._stopped = False  # until the disk has caught up
+
+    @property
+    def messages(self) -> int:
+        """How many were taken since the last (re)start of the subscription."""
+        return self._ingest.messages if self._ingest is not None else 0
+
+    def start(self) -> None:
+        """Subscribe to what is claimed."""
+        self._tracker = self._new_tracker()
+        self._opening = self._loop.create_task(self._attach())
+
+    def stop(self) -> None:
+        """Take what has arrived, and then no more."""
+        if self._opening is not None:
+            self._opening.cancel()
+        self._drain()
+        if (ingest := self._ingest) is not None:
+            self._engine.dispose(ingest)
+            self._ingest = None
+        for handle in (self._look, self._ack_timer):
+            if handle is not None:
+                handle.cancel()
+
+    def committed(self, commit: Commit) -> None:
+        """More is on disk."""
+        for topic, origin, seq in commit.acked:
+            self._acks.add(topic, origin, seq)
+        self._untold += 1
+        self._tell()
+        if self._stopped:
+            self._stopped = False
+            self._drain()
+
+    def room(self, full: bool) -> None:
+        """The journal is full, or no longer. While it is, nobody should wait for us."""
+        for origin, link in self._engine.peering.links.items():
+            link.send(commands.Ack(self._journal.number, origin, [], full))
+        if not full:
+            self._engine.emit(Warned("the journal has room again"))
+            self.start()
+            return
+        self._engine.emit(Warned(f"{self._journal.full}; nothing more is accepted until there is room"))
+        if self._opening is not None:
+            self._opening.cancel()
+        if (ingest := self._ingest) is not None:
+            self._engine.dispose(ingest)
+            self._ingest = None
+
+    def offered(self, keeper: int, offer: commands.Offer) -> None:
+        """A node has messages of one that is no more. They are fetched and acknowledged as if they were its own."""
+        if self._ingest is not None and offer.origin not in self._engine.peering.links:
+            self._tracker.keepers[offer.origin] = keeper
+            self._ingest.heads(offer.origin, offer.heads, more=False)
+            self._drain()
+
+    # --- in ----------------------------------------------------------------------------------------
+
+    def _new_tracker(self) -> JournalTracker:
+        return JournalTracker(self._claims, self._sources, self._journal, self._acks.add)
+
+    async def _attach(self) -> None:
+        def make(number: int, feed: Feed) -> Intake:
+            self._ingest = Ingest(number, self._claims, feed, self._engine, self._tracker, self._journal)
+            return self._ingest
+
+        with contextlib.suppress(NodeClosed):
+            intake = await self._engine.attach(self._claims, make, self._look_now)
+            intake.before_close = partial(self._watch, False)
+            self._drain()
+
+    def _sources(self, topic: str, origin: int) -> Sequence[int]:
+        """Whom to ask for a repair."""
+        sources = self._engine.sources(topic, origin)
+        keeper = self._tracker.keepers.get(origin)
+        return sources if keeper is None or not self._engine.peering.joined(keeper) else [keeper, *sources]
+
+    def _look_now(self) -> None:
+        """There is something to do beside the socket."""
+        if self._look is not None:
+            self._look.cancel()
+        self._look = self._loop.call_soon(self._drain)
+
+    def _watch(self, wanted: bool) -> None:
+        """Whether to look as soon as something arrives."""
+        if wanted != self._watching and self._ingest is not None:
+            self._watching = wanted
+            if wanted:
+                self._loop.add_reader(self._ingest.fd, self._drain)
+            else:
+                self._loop.remove_reader(self._ingest.fd)
+
+    def _drain(self) -> None:
+        """Append what has arrived, and have it written; see to the next look."""
+        ingest = self._ingest
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        if ingest is None or ingest.closed is not None or self._stopped:
+            return
+        try:
+            ingest.take(0)
+        except NoSpace:
+            self.committer.check_room()
+            return
+        except JournalError as error:
+            self._on_failure(error)
+            return
+        if ingest.asked:
+            ingest.asked = False
+            self._attentive_until = now() + ATTENTIVE
+        self._urgent = now() < self._attentive_until
+        self.committer.pump(self._urgent)
+        self._stopped = ingest.is_behind  # the next commit goes on here
+        delay = self._delay(ingest)
+        if delay is not None and not self._stopped:
+            self._look = self._loop.call_later(delay, self._drain)
+        self._watch(delay is None and not self._stopped)
+        self._tell()
+
+    def _delay(self, ingest: Ingest) -> float | None:
+        """Until the next look; None: until something arrives."""
+        if ingest.has_more:
+            return 0.0
+        if 0 < ingest.taken <= RELAXED_BATCHES and not self._urgent:
+            return RELAXED
+        due = ingest.timer()
+        return None if due is None else max(RELAXED, due - now())
+
+    # --- back --------------------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        """Tell publishers what is on disk, now or soon."""
+        if not self._acks:
+            return
+        if self._urgent or self._untold >= ACK_COMMITS:
+            self._tell_now()
+        elif self._ack_timer is None:
+            self._ack_timer = self._loop.call_later(ACK_LINGER, self._tell_now)
+
+    def _tell_now(self) -> None:
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+            self._ack_timer = None
+        self._untold = 0
+        for origin, ack in self._acks.take(self.committer.full):
+            if (link := self._link(origin)) is not None:
+                link.send(ack)
+
+    def _link(self, origin: int) -> Link | None:
+        """To a publisher, or to who keeps its messages."""
+        return self._engine.peering.links.get(self._tracker.keepers.get(origin, origin))
