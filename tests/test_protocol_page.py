@@ -286,11 +286,11 @@ MODULES = {
     **dict.fromkeys(("membership", "peers"), "protocol.members"),
     "engine": "node",
     **dict.fromkeys(("publisher", "outlet", "durability"), "node.publishing"),
-    **dict.fromkeys(("fetching", "outbox"), "node.storing"),
+    **dict.fromkeys(("committer", "fetching", "outbox"), "node.storing"),
     **dict.fromkeys(("peering", "registry", "serving"), "node.peers"),
     **dict.fromkeys(("discovery", "sockets", "keys"), "net"),
     **dict.fromkeys(("journal", "positions"), "journal"),
-    "readings": "forwarder",
+    **dict.fromkeys(("inflow", "readings"), "forwarder"),
 }
 NUMBERS = {row[2].strip("`"): row[0] for row in rows(section("Numbers"), "number")}
 
@@ -308,7 +308,7 @@ def test_every_number(name: str) -> None:
 @pytest.mark.parametrize("module", [frames, commands])
 def test_no_constant_of_the_wire_is_missing(module: Any) -> None:
     short = module.__name__.rpartition(".")[2]
-    shown_as_kind_or_flag = {"DATA", "HEAD", "HEARTBEAT", "BALLAST", "HEADERS", "EXTERNAL", "RAW"}
+    shown_as_kind_or_flag = {"DATA", "HEAD", "HEARTBEAT", "BALLAST", "HEADERS", "EXTERNAL", "RAW", "ASKS"}
     for name, value in vars(module).items():
         if name.isupper() and not name.startswith("_") and isinstance(value, int) and name not in shown_as_kind_or_flag:
             assert f"{short}.{name}" in NUMBERS or f"frames.{name}" in NUMBERS, name
