@@ -38,7 +38,7 @@ values sent under one id, a delivery outside of any session) is a fault of the t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from enum import StrEnum
 from itertools import pairwise
 from typing import NamedTuple
@@ -47,10 +47,8 @@ from history import (
     Acked,
     Committed,
     Consumed,
-    Failed,
     HistoryError,
     Journaled,
-    Killed,
     Line,
     Opened,
     Sent,
@@ -159,6 +157,7 @@ class _Judge:
         self.counts: Counter[str] = Counter()
         self.sent: dict[Message, str] = {}
         self.acked: dict[Message, Line] = {}
+        self.acked_to: dict[Stream, int] = {}  # from 1 to here all of a stream is in `acked`
         self.stored: dict[Message, int] = {}
         self.meaning: dict[int, Message] = {}
         self.end = 0
@@ -217,11 +216,7 @@ class _Judge:
         for line in lines:
             event = line.event
             if isinstance(event, Acked):
-                for message in _messages(event, line):
-                    self.acked.setdefault(message, line)
-            elif isinstance(event, Failed):
-                for _ in _messages(event, line):
-                    pass
+                self.acknowledge(event, line)
             elif isinstance(event, Opened):
                 consumer = self.consumers.setdefault(event.consumer, _Consumer(event.consumer, event))
                 if consumer.patterns != event.patterns:
@@ -238,6 +233,19 @@ class _Judge:
                 if event.offset > self.end:
                     what = f"{line}: {event.consumer!r} committed {event.offset}, the journal ends at {self.end}"
                     self.found(Kind.INVENTED_ACK, what)
+
+    def acknowledge(self, event: Acked, line: Line) -> None:
+        """Note what is new in it: acks are often cumulative, and to look at 1..n each time would never end."""
+        stream = event.topic, event.origin
+        first = event.seq if event.first is None else event.first
+        if first > event.seq:
+            raise HistoryError(f"{line}: the range {first}..{event.seq} is empty")
+        known = self.acked_to.get(stream, 0)
+        if first <= known + 1:
+            first = known + 1
+            self.acked_to[stream] = max(known, event.seq)
+        for seq in range(first, event.seq + 1):
+            self.acked.setdefault(Message(*stream, seq), line)
 
     def session_of(self, event: Consumed | Committed, line: Line) -> _Session:
         session = self.sessions.get((line.file, event.consumer))
@@ -296,14 +304,6 @@ class _Judge:
                     self.found(Kind.HOLE, f"{what}; of those between, {acked} were acked")
 
 
-def _messages(event: Acked | Failed, line: Line) -> Iterator[Message]:
-    first = event.seq if event.first is None else event.first
-    if first > event.seq:
-        raise HistoryError(f"{line}: the range {first}..{event.seq} is empty")
-    for seq in range(first, event.seq + 1):
-        yield Message(event.topic, event.origin, seq)
-
-
 def check(lines: Iterable[Line]) -> Report:
     """Judge a whole history, in order of time as `load` returns it."""
     lines = list(lines)
@@ -314,4 +314,4 @@ def check(lines: Iterable[Line]) -> Report:
     return Report(judge.violations, judge.counts)
 
 
-__all__ = ["Broken", "HistoryError", "Killed", "Kind", "Report", "Violation", "check"]
+__all__ = ["Broken", "HistoryError", "Kind", "Report", "Violation", "check"]
