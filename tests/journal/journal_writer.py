@@ -1,11 +1,11 @@
 """A program that drives a journal as a forwarder does, and records what it was promised. It runs until it is killed.
 
-    python journal_writer.py DIRECTORY HISTORY [--seed N] [--batches N] [--sabotage NAME]
+    python journal_writer.py DIRECTORY HISTORY [--seed N] [--batches N] [--age N] [--sabotage NAME]
 
 Batches of several streams are appended, written, and synced in a worker thread while the next ones gather; segments
 change every 32 KiB; a reader follows the tail as the durable consumer `indexer` and commits its cursor. What happened
 goes to the file HISTORY (tests/forwarder/history.py), an ack as soon as `finish` returns. With `--batches` it ends by
-itself after so many, closing the journal.
+itself after so many, closing the journal; with `--age`, segments that were full so many turns ago are removed.
 
 A value is `<<topic/origin/seq>>` and some padding, so that it can be recognised in a system call; the payload of a
 batch is its values, separated by commas. `stored` reads them back.
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from history import Acked, Committed, Consumed, Journaled, Opened, Recorder, Sent, digest
 
-from zmqbus.journal import Appended, Batch, Cursor, Journal, Reader, Ticket, positions, storage
+from zmqbus.journal import Appended, Batch, Cursor, Journal, Reader, Retention, Ticket, positions, storage
 from zmqbus.journal.segment import SegmentWriter
 
 SEGMENT_BYTES = 32 << 10
@@ -62,15 +62,16 @@ def stored(journal: Journal) -> list[Journaled]:
 class Writer:
     """One life of a forwarder, publishers and a consumer included. One thread, and one more for the disk calls."""
 
-    def __init__(self, directory: str, recorder: Recorder, rng: Random) -> None:
+    def __init__(self, directory: str, recorder: Recorder, rng: Random, age: int | None = None) -> None:
         self.recorder = recorder
         self.rng = rng
         self.now_ns = 1
-        self.journal = Journal.open(directory, now_ns=1, segment_bytes=SEGMENT_BYTES)
+        retention = Retention(age_max_ns=age)  # a turn of the loop counts as a nanosecond
+        self.journal = Journal.open(directory, now_ns=1, segment_bytes=SEGMENT_BYTES, retention=retention)
         self.worker = ThreadPoolExecutor(1)
         self.flying: tuple[Ticket, Future[None]] | None = None
         self.committing: tuple[int, Future[None]] | None = None
-        self.reader = Reader(self.journal)
+        self.reader = Reader(self.journal, self.journal.cursors.all().get(CONSUMER, Cursor(0)).offset)
         self.batches = 0
         recorder.record(Opened(CONSUMER))
 
@@ -156,12 +157,13 @@ def main() -> None:
     parser.add_argument("history")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batches", type=int, default=1 << 40)
+    parser.add_argument("--age", type=int)
     parser.add_argument("--sabotage", choices=SABOTAGES)
     options = parser.parse_args()
     positions.CURSOR_FILE_BYTES = CURSOR_FILE_BYTES  # so that it is changed now and then
     if options.sabotage:
         SABOTAGES[options.sabotage]()
-    writer = Writer(options.directory, Recorder(options.history), Random(options.seed))
+    writer = Writer(options.directory, Recorder(options.history), Random(options.seed), options.age)
     while writer.batches < options.batches:
         writer.step()
     writer.close()

@@ -32,7 +32,7 @@ found there was written after the flush it rests on was noted, and must hold in 
 Blocks are torn at 4 KiB and not below: that is what disks write as a unit, and ext4 relies on it. Tearing within
 512 bytes, and losing names that ext4 happens to keep, is what the simulated disk is for.
 Mount points are below the test's own folder, loop devices are released with the mount; both also after an exception.
-Only a SIGKILL of the test run leaves them behind.
+Only a test run that is killed by a signal leaves them behind: `umount` them, the device last.
 """
 
 from __future__ import annotations
