@@ -46,7 +46,7 @@ def record(folder: Path, seed: int, *options: str, operations: int = OPERATIONS)
         disk.watch(history)
         child = subprocess.Popen(
             [sys.executable, str(PROGRAM), str(disk.path / "journal"), str(history), "--seed", str(seed), *options],
-            env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])},
+            env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[3])},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -68,16 +68,17 @@ def judge(cut: Cut, folder: Path, history: Path, tally: Counter[str]) -> None:
     with mounted(cut.image, folder) as path:
         opened = path / "journal"
         tally["quarantined"] -= len(list(opened.glob("quarantine/*")))
+        journal = None
         try:
             journal = Journal.open(str(opened), now_ns=1, segment_bytes=SEGMENT_BYTES)
-        except JournalCorrupt as error:
-            raise Broken(f"a power cut was taken for damage: {error}") from error
-        try:
             after = stored(journal)
             cursor = journal.cursors.all().get(CONSUMER)
             end = journal.durable_offset
+        except JournalCorrupt as error:
+            raise Broken(f"a power cut was taken for damage: {error}") from error
         finally:
-            journal.close(1)
+            if journal is not None:
+                journal.close(1)
         tally["quarantined"] += len(list(opened.glob("quarantine/*")))
         tally["segments"] = max(tally["segments"], len(list(opened.glob("*.zbj"))))
     lines = [*before, *(Line(event, "journal", event.offset) for event in after)]

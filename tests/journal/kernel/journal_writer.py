@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1] / "forwarder"), str(Path(__file__).parents[2])]
+    sys.path[:0] = [str(Path(__file__).parents[2] / "forwarder"), str(Path(__file__).parents[3])]
 
 from history import Acked, Committed, Consumed, Journaled, Opened, Recorder, Sent, digest
 
