@@ -47,6 +47,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from random import Random
 from types import TracebackType
@@ -158,9 +159,9 @@ KEEP_CACHE = 2
 class _PlayedDisk(threading.Thread):
     """Answers the kernel's requests for the one file, in the order in which they come."""
 
-    def __init__(self, fd: int, base: bytes) -> None:
+    def __init__(self, fuse: FileIO, base: bytes) -> None:
         super().__init__(name="played disk", daemon=True)
-        self._fd = fd
+        self._fuse = fuse
         self._now = bytearray(base)
         self.operations: list[Operation] = []
         self.notes: list[tuple[int, Path, bytes]] = []
@@ -172,7 +173,7 @@ class _PlayedDisk(threading.Thread):
         try:
             while True:
                 try:
-                    request = os.read(self._fd, MAX_WRITE + 4096)
+                    request = os.read(self._fuse.fileno(), MAX_WRITE + 4096)
                 except OSError as error:
                     if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
                         continue  # the request was withdrawn
@@ -184,9 +185,10 @@ class _PlayedDisk(threading.Thread):
                 if opcode in SILENT:
                     continue
                 body, code = (answer, 0) if isinstance(answer, bytes) else (b"", -answer)
-                os.write(self._fd, _OUT.pack(_OUT.size + len(body), code, unique) + body)
+                os.write(self._fuse.fileno(), _OUT.pack(_OUT.size + len(body), code, unique) + body)
         except BaseException as error:  # the test fails on it when it leaves the disk
             self.failure = error
+            self._fuse.close()  # so that nobody waits for answers that will not come
         finally:
             for fd in self._open.values():
                 os.close(fd)
@@ -240,25 +242,27 @@ class RecordedDisk:
 
     def __enter__(self) -> Self:
         with self._cleanup as unless_done:
-            base = _new_file_system(self._image, self._image_bytes)
+            self._base = _new_file_system(self._image, self._image_bytes)
             self.path.mkdir()
             self._device.touch()
+            try:  # a plain file first: if that cannot be mounted, it is not our disk's fault
+                _mount(self._image, self.path)
+            except NotMounted as error:
+                pytest.skip(f"loop mounts are not permitted here: {error}")
+            _unmount(self.path)
             try:
-                fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+                fuse = open("/dev/fuse", "r+b", buffering=0)
             except OSError as error:
                 pytest.skip(f"the disk of this test is a FUSE file, and FUSE cannot be used here: {error}")
-            unless_done.callback(os.close, fuse)
-            options = f"fd={fuse},rootmode={stat.S_IFREG:o},user_id=0,group_id=0"
+            unless_done.callback(fuse.close)
+            options = f"fd={fuse.fileno()},rootmode={stat.S_IFREG:o},user_id=0,group_id=0"
             if _libc.mount(b"zmqbus-test", bytes(self._device), b"fuse", 0, options.encode()):
                 pytest.skip(f"mounting a FUSE file is not permitted here: {os.strerror(ctypes.get_errno())}")
-            self._played = _PlayedDisk(fuse, base)
+            self._played = _PlayedDisk(fuse, self._base)
             self._played.start()
             unless_done.callback(self._played.join, _MOUNT_TIMEOUT_S)
             unless_done.callback(_unmount, self._device)
-            try:
-                _mount(self._device, self.path)
-            except NotMounted as error:
-                pytest.skip(f"loop mounts are not permitted here: {error}")
+            _mount(self._device, self.path)
             unless_done.callback(_unmount, self.path)
             self._check_flushes()
             self._cleanup = unless_done.pop_all()
@@ -272,7 +276,8 @@ class RecordedDisk:
             raise self._played.failure
 
     def watch(self, path: Path) -> None:
-        """From now on note what is appended to this file, and when. It need not exist yet."""
+        """From now on note what is appended to this file, and when. It need not exist yet. It must lie elsewhere: a
+        disk that waits for a file of its own waits for ever."""
         self._played.watched = [*self._played.watched, path]
 
     def __len__(self) -> int:
@@ -283,7 +288,7 @@ class RecordedDisk:
         """All of it so far."""
         operations = list(self._played.operations)
         notes = [note for note in list(self._played.notes) if note[0] < len(operations)]
-        return Recording(self._image.read_bytes(), operations, notes)
+        return Recording(self._base, operations, notes)
 
     def _check_flushes(self) -> None:
         """A device that reported no write cache would get no flushes, and nothing could be told from its silence."""
@@ -306,10 +311,12 @@ def mounted(image: bytes, folder: Path) -> Iterator[Path]:
     path.mkdir(exist_ok=True)
     # A new file each time: mount(8) takes up a loop device that is still attached to the same file, as one may be for
     # a while after umount, and with it what that device has in its page cache, blocks of the image before.
-    handle, name = tempfile.mkstemp(dir=folder, suffix=".ext4")
-    with os.fdopen(handle, "wb") as file:
-        file.write(image)
+    # In memory where that can be, since its syncs need not wait for a real disk.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else folder
+    handle, name = tempfile.mkstemp(dir=memory, prefix="zmqbus-test-", suffix=".ext4")
     try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(image)
         _mount(Path(name), path)
         try:
             yield path
