@@ -4,6 +4,9 @@
     order = verify(calls, journal=str(directory), told=acknowledgements, finished=True)
     assert order.violations == []
 
+A program that must be talked to meanwhile is started with `strace(output)` before its command, and its trace read with
+`parse_trace` when it has ended.
+
 Whatever the program is made of, threads and processes included, it is judged by its system calls alone. A message, or
 a cursor, is known by its **mark**, `<<…>>` in the bytes of its record. `told(call)` names the marks that a call
 tells the outside world are on disk: lines written to a file here, frames sent on sockets by a forwarder.
@@ -67,23 +70,30 @@ class Call(NamedTuple):
 # --- running and reading ---------------------------------------------------------------------------
 
 
-def trace(command: list[str], output: Path, environment: Mapping[str, str] | None = None) -> list[Call]:
-    """Run a command to its end under strace. It must succeed."""
-    strace = shutil.which("strace")
-    if strace is None:
+def strace(output: Path) -> list[str]:
+    """What to put before a command so that its trace is written to a file."""
+    program = shutil.which("strace")
+    if program is None:
         pytest.skip("strace is not installed")
     calls = ",".join((*WRITES, *SYNCS, *NAMES))
     options = ["-f", "-ttt", "-y", "-v", "-xx", "-s", str(1 << 20), "-e", f"trace={calls}", "-e", "signal=none"]
+    command = [program, *options, "-o", str(output)]
+    tried = subprocess.run([*command, "true"], capture_output=True, text=True, check=False, timeout=TRACE_TIMEOUT_S)
+    if tried.returncode:
+        pytest.skip(f"strace may not trace here: {tried.stderr.strip()}")
+    return command
+
+
+def trace(command: list[str], output: Path, environment: Mapping[str, str] | None = None) -> list[Call]:
+    """Run a command to its end under strace. It must succeed."""
     done = subprocess.run(
-        [strace, *options, "-o", str(output), *command],
+        [*strace(output), *command],
         capture_output=True,
         text=True,
         check=False,
         timeout=TRACE_TIMEOUT_S,
         env=environment,
     )
-    if "ptrace" in done.stderr and not output.stat().st_size:
-        pytest.skip(f"strace may not trace here: {done.stderr.strip().splitlines()[0]}")
     assert done.returncode == 0, done.stderr
     return parse_trace(output.read_text())
 
