@@ -1,0 +1,341 @@
+"""Chaos: a world of forwarders, publishers and durable consumers, in which processes are killed at any instant.
+
+    outcome = run(seed, folder, kills=100)       # in a process that has no threads and no sockets: it forks
+    outcome.report.raise_if_broken()
+
+or, as a process of its own, `python -m tests.forwarder.chaos FOLDER SEED KILLS`, which prints the outcome as JSON.
+
+The **director** forks a process for each role (chaos_roles.py), and then, as its seed has it, kills them with -9, one
+after the other, and starts them anew on what they have left on their disks: at once, or after a while; often again
+before they are up; stopped ones as well. Some are only stopped, for a moment or for so long that all others take them
+for lost. After the last kill everybody comes to an end in good order: publishers when all they have published is
+durable and their outboxes are empty, then consumers when they have read all there is, then forwarders. What must hold
+then is said by history_checker.py, and here:
+
+- every process that was not killed has ended well;
+- all that is journaled, on topics that a consumer wants, has been given to it.
+
+With two forwarders, each has its own topics, and its journal is judged as a history of its own.
+
+The schedule follows from the seed, the instants from the machine: a seed that has found something may have to be
+tried a few times.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import json
+import os
+import secrets
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from chaos_roles import (
+    CONSUMING,
+    FINALE,
+    OVER,
+    PUBLISHING,
+    STORING,
+    Life,
+    Stage,
+    World,
+    consume,
+    digest_of,
+    publish,
+    store,
+)
+from history import Acked, Committed, Consumed, Failed, Journaled, Killed, Line, Opened, Recorder, Sent, load
+from history_checker import Report, check
+
+from tests.forwarder.forwarders import stored
+from zmqbus.protocol.topics import Matcher
+
+PR_SET_PDEATHSIG = 1
+EVERYTHING = {"forwarder": [">"]}
+SHARED = {"logs": ["logs.>"], "metrics": ["metrics.>"]}
+CURSORS = {"indexer": [">"], "archive": ["logs.*", "metrics.cpu"]}
+STEP = 0.18  # seconds between two deeds of the director, on average
+LOST = 6.5  # seconds after which everybody takes a silent node for lost
+YOUNG = 0.3  # seconds: a process of this age may not have opened its node yet, or not have met the others
+
+
+class Role:
+    """One place in the world, and the process that fills it now."""
+
+    def __init__(self, name: str, kind: str, weight: float, work: Callable[[Life], None]) -> None:
+        self.name, self.kind, self.weight, self.work = name, kind, weight, work
+        self.lives = 0
+        self.pid = 0
+        self.stopped = False
+
+
+class Outcome(NamedTuple):
+    """What came of it."""
+
+    seed: int
+    kills: Counter[str]
+    """By kind of role."""
+    stops: int
+    seconds: float
+    reports: dict[str, Report]
+    """By journal."""
+    missing: list[str]
+    """What consumers have not been given."""
+
+
+class Ended(AssertionError):
+    """A process ended that was not told to, or did not when it was."""
+
+
+class Director:
+    """Forks, kills, and waits."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.seed = seed
+        self.rng = rng = Random(seed)
+        claims = rng.choice((EVERYTHING, SHARED))
+        self.cells = {(cursor, journal): i for i, (cursor, journal) in enumerate((c, j) for c in CURSORS for j in claims)}
+        # Two processes may read under one name: each notes in cells of its own.
+        rival = {key: i + len(self.cells) for key, i in self.cells.items()}
+        self.world = World(folder, f"chaos-{secrets.token_hex(6)}", seed, claims, Stage(2 * len(self.cells)))
+        self.stage = self.world.stage
+        self.roles = [Role(name, "forwarder", 0.35 / len(claims), store) for name in claims]
+        for number in range(4):
+            kind = "outbox" if number % 2 else "publisher"
+            work = partial(publish, outbox=bool(number % 2))
+            self.roles.append(Role(f"{kind}-{number}", kind, 0.1, work))
+        for cursor, patterns in CURSORS.items():
+            for name, places in ((cursor, self.cells), (f"{cursor}-rival", rival)):
+                mine = {journal: places[cursor, journal] for journal in claims}
+                works = partial(consume, cursor=cursor, patterns=patterns, cells=mine, rival=places is rival)
+                self.roles.append(Role(name, "consumer", 0.06, works))
+        self.kills: Counter[str] = Counter()
+        self.stops = 0
+        self._recorder = Recorder(folder / "director.jsonl")
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = 0
+
+    # --- processes -----------------------------------------------------------------------------------
+
+    def start(self, role: Role) -> None:
+        """A new life."""
+        if role.pid:
+            return
+        role.lives += 1
+        life = Life(self.world, role.name, role.lives)
+        parent = os.getpid()
+        role.pid = os.fork()
+        if role.pid == 0:
+            code = 1
+            try:
+                ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() == parent:
+                    role.work(life)
+                    code = 0
+            except BaseException:
+                (self.world.folder / f"{role.name}-{role.lives:04}.error").write_text(traceback.format_exc())
+            finally:
+                os._exit(code)
+
+    def kill(self, role: Role) -> None:
+        """kill -9, and reap it."""
+        if role.pid:
+            self.look(role)
+        if role.pid:
+            self._recorder.record(Killed(role.name))
+            os.kill(role.pid, signal.SIGKILL)
+            os.waitpid(role.pid, 0)
+            role.pid, role.stopped = 0, False
+            self.kills[role.kind] += 1
+
+    def look(self, role: Role) -> bool:
+        """Whether it still runs. Raises Ended, if it has ended badly."""
+        if role.pid:
+            pid, status = os.waitpid(role.pid, os.WNOHANG)
+            if pid:
+                role.pid = 0
+                if status:
+                    error = self.world.folder / f"{role.name}-{role.lives:04}.error"
+                    reason = error.read_text() if error.exists() else f"status {status}"
+                    raise Ended(f"seed {self.seed}: {role.name}, life {role.lives}, has ended: {reason}")
+        return bool(role.pid)
+
+    def stop(self, role: Role, seconds: float) -> None:
+        """In its tracks, and let it go on later, if it still lives then."""
+        if role.pid and not role.stopped and self.look(role):
+            role.stopped = True
+            self.stops += 1
+            os.kill(role.pid, signal.SIGSTOP)
+            self.later(seconds, partial(self.go_on, role, role.lives))
+
+    def go_on(self, role: Role, life: int) -> None:
+        if role.stopped and role.lives == life:
+            role.stopped = False
+            os.kill(role.pid, signal.SIGCONT)
+
+    # --- the schedule --------------------------------------------------------------------------------
+
+    def later(self, seconds: float, work: Callable[[], None]) -> None:
+        self._numbers += 1
+        heapq.heappush(self._due, (time.monotonic() + seconds, self._numbers, work))
+
+    def step(self) -> None:
+        """One deed; and see to the next."""
+        rng = self.rng
+        self.later(rng.expovariate(1 / STEP), self.step)
+        (role,) = rng.choices(self.roles, [role.weight for role in self.roles])
+        deed, seconds, age = rng.random(), rng.random(), rng.uniform(0, YOUNG)
+        if deed < 0.15:
+            self.stop(role, 1.5 * seconds)
+        elif deed < 0.16:
+            self.stop(role, LOST)
+        elif deed < 0.35:  # gone for a while
+            self.kill(role)
+            self.later(seconds, partial(self.start, role))
+        else:
+            self.kill(role)
+            self.start(role)
+            if deed < 0.6:  # and killed again before it is up
+                self.later(age, partial(self.kill, role))
+                self.later(age, partial(self.start, role))
+
+    def play(self, kills: int) -> None:
+        """Until so many have been killed."""
+        for role in self.roles:
+            self.start(role)
+        self.later(0.5, self.step)
+        while self.kills.total() < kills:
+            at, _, work = heapq.heappop(self._due)
+            time.sleep(max(0.0, at - time.monotonic()))
+            work()
+        for role in self.roles:
+            self.go_on(role, role.lives)
+            if not self.look(role):
+                self.start(role)
+
+    def finish(self) -> None:
+        """Everybody comes to an end, publishers first."""
+        self.stage.act = CONSUMING
+        self.wait("publisher", "outbox")
+        ends = {}
+        for journal in self.world.claims:
+            for message in stored(self.world.folder / f"{journal}.journal"):
+                for cursor, patterns in CURSORS.items():
+                    if Matcher(patterns).matches(message.topic):
+                        ends[cursor, journal] = message.offset + 1
+        deadline = time.monotonic() + FINALE
+        while behind := {k: (self.reach(*k), end) for k, end in ends.items() if self.reach(*k) < end}:
+            if time.monotonic() > deadline:
+                raise Ended(f"seed {self.seed}: consumers do not get to the end: {behind}")
+            for role in self.roles:
+                if not self.look(role) and role.kind == "forwarder":
+                    raise Ended(f"seed {self.seed}: {role.name} is gone")
+            time.sleep(0.02)
+        self.stage.act = STORING
+        self.wait("consumer")
+        self.stage.act = OVER
+        self.wait("forwarder")
+
+    def reach(self, cursor: str, journal: str) -> int:
+        """One past the last that was given to anybody under this name."""
+        cell = self.cells[cursor, journal]
+        return max(self.stage.reach(cell), self.stage.reach(cell + len(self.cells)))
+
+    def wait(self, *kinds: str) -> None:
+        deadline = time.monotonic() + 2 * FINALE
+        while running := [role.name for role in self.roles if self.look(role) and role.kind in kinds]:
+            if time.monotonic() > deadline:
+                raise Ended(f"seed {self.seed}: {running} do not come to an end")
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """Nobody is left behind."""
+        for role in self.roles:
+            if role.pid:
+                os.kill(role.pid, signal.SIGKILL)
+                os.waitpid(role.pid, 0)
+                role.pid = 0
+        self._recorder.close()
+
+
+# --- the verdict -----------------------------------------------------------------------------------
+
+
+def judge(world: World) -> tuple[dict[str, Report], list[str]]:
+    """The reports on all journals, and what consumers lack."""
+    lines = load(world.folder.glob("*.jsonl"))
+    reports: dict[str, Report] = {}
+    missing: list[str] = []
+    for journal, claims in world.claims.items():
+        mine = Matcher(claims).matches
+
+        def concerns(line: Line, journal: str = journal, mine: Callable[[str], bool] = mine) -> bool:
+            event = line.event
+            if isinstance(event, Sent | Acked | Failed):
+                return mine(event.topic)
+            if isinstance(event, Opened | Consumed | Committed):
+                return event.consumer.endswith(f"@{journal}")
+            return True
+
+        after = [
+            Line(Journaled(m.offset, m.topic, m.origin, m.seq, digest_of(m.value)), f"{journal}.journal", m.offset)
+            for m in stored(world.folder / f"{journal}.journal")
+        ]
+        own = [line for line in lines if concerns(line)]
+        reports[journal] = check([*own, *after])
+        given = {(e.event.consumer, e.event.offset) for e in own if isinstance(e.event, Consumed)}
+        for cursor, patterns in CURSORS.items():
+            wants = Matcher(patterns).matches
+            for line in after:
+                event = line.event
+                assert isinstance(event, Journaled)
+                if wants(event.topic) and (f"{cursor}@{journal}", event.offset) not in given:
+                    missing.append(f"{cursor!r} was not given offset {event.offset} of {journal!r}")
+    return reports, missing
+
+
+def run(seed: int, folder: Path, kills: int) -> Outcome:
+    """One world. Raises Ended."""
+    began = time.monotonic()
+    director = Director(seed, folder)
+    try:
+        director.play(kills)
+        director.finish()
+    finally:
+        director.close()
+    reports, missing = judge(director.world)
+    return Outcome(seed, director.kills, director.stops, time.monotonic() - began, reports, missing)
+
+
+def main(folder: str, seed: str, kills: str) -> None:
+    """The process: prints the outcome."""
+    try:
+        outcome = run(int(seed), Path(folder), int(kills))
+    except Ended as error:
+        print(json.dumps({"seed": int(seed), "broken": [str(error)]}))
+        return
+    counts: Counter[str] = sum((report.counts for report in outcome.reports.values()), Counter())
+    broken = [f"{journal}: {v}" for journal, report in outcome.reports.items() for v in report.violations]
+    facts: dict[str, Any] = {
+        "seed": outcome.seed,
+        "kills": outcome.kills,
+        "stops": outcome.stops,
+        "seconds": round(outcome.seconds, 1),
+        "journals": len(outcome.reports),
+        "counts": counts,
+        "broken": [*broken, *outcome.missing][:50],
+    }
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
