@@ -56,6 +56,7 @@ def test_pubsub_counts_every_message() -> None:
     assert [line["label"] for line in table["lines"]] == [
         "16 B, publish(topic, value)",
         "16 B, publisher(topic).send(value)",
+        "16 B, publisher(topic).send_many(values)",
     ]
     for line in table["lines"]:
         assert line["lost"] == 0

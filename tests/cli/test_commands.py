@@ -334,7 +334,8 @@ def test_nodes_and_topics(bus: str) -> None:
         assert (row["name"], row["origin"], row["pid"]) == ("web-1", f"{node.origin:016x}", os.getpid())
         assert row["inbox"] == node.endpoints["inbox"]
         code, out, _ = run("nodes", "--wait", "500ms")
-        assert out.splitlines()[0].split() == ["name", "origin", "host", "pid", "role", "inbox", "release", "age"]
+        headings = "name origin host pid role inbox release age claims"
+        assert out.splitlines()[0].split() == headings.split()
         assert f"{node.origin:016x}" in out.splitlines()[1]
 
         code, out, _ = run("topics", "logs.*", "--json", "--wait", "500ms")

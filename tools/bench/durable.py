@@ -103,7 +103,7 @@ class scratch:
 
 def live_rate(count: int) -> float:
     """Messages/s from one publisher to one subscriber."""
-    contender = Contender("live", "node", {"key": None, "handle": False})
+    contender = Contender("live", "node", {"key": None, "by": "publish"})
     contender.run(SIZE, count, 1)
     return contender.rates[0]
 

@@ -27,6 +27,7 @@ TOPIC = "bench"
 PROBE = b"?"  # sent by raw senders until everybody receives
 PATIENCE_S = 60  # for all messages of a run; what is not there by then is lost
 CONNECT_S = 20
+CHUNK = 500  # values to a `send_many`: so many lines of 130 bytes are in 64 KiB of a file
 QUEUED_BYTES_MAX = 32 * 1024 * 1024  # for each subscriber, as zmqbus has it
 
 
@@ -135,8 +136,8 @@ def _frames_max(size: int, bounded: bool) -> int:
 # --- zmqbus --------------------------------------------------------------------------------------
 
 
-def node_sender(parent: Parent, bus: str, key: str | None, size: int, count: int, receivers: int, handle: bool) -> None:
-    """`node.publish(topic, value)`, or with `handle` `node.publisher(topic).send(value)`."""
+def node_sender(parent: Parent, bus: str, key: str | None, size: int, count: int, receivers: int, by: str) -> None:
+    """By `node.publish(topic, value)`, `node.publisher(topic).send(value)`, or its `.send_many(values)`."""
     from zmqbus import Node
 
     with Node("sender", bus=bus, key=key, interface="127.0.0.1", discovery="static") as node:
@@ -145,7 +146,13 @@ def node_sender(parent: Parent, bus: str, key: str | None, size: int, count: int
         node.wait_for_subscribers(TOPIC, receivers, CONNECT_S)
         value = bytes(size)
         used, start = cpu_s(), perf_counter()
-        if handle:
+        if by == "send_many":
+            many = node.publisher(TOPIC).send_many
+            values = [value] * CHUNK
+            for _ in range(count // CHUNK):
+                many(values)
+            many(values[: count % CHUNK])
+        elif by == "send":
             send = node.publisher(TOPIC).send
             for _ in range(count):
                 send(value)
@@ -179,9 +186,9 @@ def node_receiver(parent: Parent, bus: str, key: str | None, endpoint: str, coun
 
 
 def async_node_sender(
-    parent: Parent, bus: str, key: str | None, size: int, count: int, receivers: int, handle: bool
+    parent: Parent, bus: str, key: str | None, size: int, count: int, receivers: int, by: str
 ) -> None:
-    """`await node.publish(topic, value)`, or with `handle` `await node.publisher(topic).send(value)`."""
+    """By `await node.publish(topic, value)`, `node.publisher(topic).send(value)`, or its `.send_many(values)`."""
     from zmqbus import AsyncNode
 
     async def run() -> None:
@@ -191,8 +198,13 @@ def async_node_sender(
             await node.wait_for_subscribers(TOPIC, receivers, CONNECT_S)
             value = bytes(size)
             used, start = cpu_s(), perf_counter()
-            if handle:
-                publisher = node.publisher(TOPIC)
+            publisher = node.publisher(TOPIC)
+            if by == "send_many":
+                values = [value] * CHUNK
+                for _ in range(count // CHUNK):
+                    await publisher.send_many(values)
+                await publisher.send_many(values[: count % CHUNK])
+            elif by == "send":
                 for _ in range(count):
                     await publisher.send(value)
             else:

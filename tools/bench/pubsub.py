@@ -52,7 +52,7 @@ class Contender:
             sending: dict[str, Any] = {"size": size, "count": count, **({"receivers": fan} if node else {})}
             sender = crew.start(f"bench.faces:{self.face}_sender", **common, **sending)
             endpoint = sender.hear()["endpoint"]
-            receiving = {name: value for name, value in common.items() if name != "handle"}
+            receiving = {name: value for name, value in common.items() if name != "by"}
             receiving.update({"endpoint": endpoint, "count": count, **({} if node else {"size": size})})
             receivers = [crew.start(f"bench.faces:{self.face}_receiver", **receiving) for _ in range(fan)]
             for receiver in receivers:
@@ -104,10 +104,11 @@ def _size(face: str, size: int, fan: int, runs: int, quick: bool, key: str | Non
         Contender(f"{raw_name}, NODROP", raw_face, {"bounded": True}),
     ]
     ours = [
-        Contender("publish(topic, value)", node_face, {"key": None, "handle": False}),
-        Contender("publisher(topic).send(value)", node_face, {"key": None, "handle": True}),
+        Contender("publish(topic, value)", node_face, {"key": None, "by": "publish"}),
+        Contender("publisher(topic).send(value)", node_face, {"key": None, "by": "send"}),
+        Contender("publisher(topic).send_many(values)", node_face, {"key": None, "by": "send_many"}),
     ]
-    curve = [Contender("publish, bus key (CURVE)", node_face, {"key": key, "handle": False})] if key else []
+    curve = [Contender("publish, bus key (CURVE)", node_face, {"key": key, "by": "publish"})] if key else []
     scale = QUICK if quick else 1
     for number in range(runs):
         for contender in [*raws, *ours, *curve]:

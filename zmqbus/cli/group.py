@@ -9,6 +9,7 @@ import click
 
 from zmqbus.cli import shell
 from zmqbus.cli.demo import demo
+from zmqbus.cli.forwarder import forwarder
 from zmqbus.cli.journal import journal
 from zmqbus.cli.pubsub import pub, sub
 from zmqbus.cli.shell.bus import Bus
@@ -84,5 +85,5 @@ def cli(context: click.Context, bus: str, key_file: str | None, interface: str |
     context.obj = Bus(bus, key_file, interface, peers)
 
 
-for command in (demo, pub, sub, tap, nodes, topics, journal, keygen, completion):
+for command in (demo, pub, sub, tap, nodes, topics, forwarder, journal, keygen, completion):
     cli.add_command(command)

@@ -13,26 +13,17 @@ import msgspec
 
 from zmqbus.cli.messages.forms import human_age, human_bytes, moment, rfc3339
 from zmqbus.cli.shell import remark
-from zmqbus.cli.shell.bus import Bus, Duration, Watch
+from zmqbus.cli.shell.bus import SETTLE, Bus, Duration, Watch, settle
 from zmqbus.cli.shell.output import Column, make_table, on_terminal, show_table
 from zmqbus.cli.shell.stopping import PEEK, rest
-from zmqbus.net.clock import now, time_ns
+from zmqbus.net.clock import time_ns
 from zmqbus.protocol.topics import check_pattern
 
 if TYPE_CHECKING:
     from zmqbus.node.faces.node import Node
     from zmqbus.protocol.members.peers import Peer
 
-SETTLE = "1.5s"  # nodes on one machine or LAN have found each other well within this
 REDRAW = 0.5
-
-
-def _wait(node: Node, watch: Watch, seconds: float) -> None:
-    """Let discovery settle, passing on what it warns of."""
-    until = now() + seconds
-    while (left := until - now()) > 0:
-        rest(min(left, PEEK))
-        watch.poll()
 
 
 # --- nodes -------------------------------------------------------------------------------------
@@ -46,6 +37,7 @@ _COLUMNS: tuple[Column, ...] = (
     Column("inbox", whole=True),
     Column("release", spare=4),
     Column("age", right=True),
+    Column("claims"),
 )
 
 
@@ -56,7 +48,7 @@ def _cells(peer: Peer) -> list[str]:
     texts = map(
         escape, (peer.name, f"{peer.origin:016x}", peer.host, str(peer.pid), peer.role, peer.inbox, peer.version)
     )
-    return [*texts, age]
+    return [*texts, age, escape(" ".join(peer.claims))]
 
 
 def _row(peer: Peer) -> dict[str, Any]:
@@ -86,13 +78,13 @@ def _by_name(peers: Sequence[Peer]) -> list[Peer]:
 def nodes(bus: Bus, as_json: bool, watching: bool, wait: float) -> None:
     """List the nodes of the bus.
 
-    `age` is the time since a node was started.
+    `age` is the time since a node was started; a forwarder `claims` the topics that it journals.
     """
     with bus.join("nodes") as (node, watch):
         if watching:
             _watch_nodes(node, watch, as_json)
             return
-        _wait(node, watch, wait)
+        settle(node, watch, wait)
         peers = _by_name(node.peers())
         if as_json:
             for peer in peers:
@@ -125,7 +117,7 @@ def _watch_nodes(node: Node, watch: Watch, as_json: bool) -> None:
                 if as_json:
                     click.echo(msgspec.json.encode({"event": event, **_row(peer)}))
                 else:
-                    click.echo(f"{event:6}  {'  '.join(_cells(peer)[:-1])}")
+                    click.echo(f"{event:6}  {'  '.join(_cells(peer)[:-2])}")
         present = peers
         rest(PEEK)
 
@@ -147,7 +139,7 @@ def topics(bus: Bus, patterns: tuple[str, ...], as_json: bool, wait: float, time
     for pattern in patterns:
         check_pattern(pattern)
     with bus.join("topics") as (node, watch):
-        _wait(node, watch, wait)
+        settle(node, watch, wait)
         found = node.topics(*patterns, timeout=timeout)
         watch.poll()
         if as_json:

@@ -8,11 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from zmqbus.errors import ZmqbusError
+from zmqbus.errors import TopicError, ZmqbusError
+from zmqbus.forwarder.figures import NOTE_PERIOD, Pace, median_and_longest_ms
 from zmqbus.forwarder.inflow import Inflow
 from zmqbus.forwarder.readings import Readings
 from zmqbus.journal import Commit, Journal, Retention
-from zmqbus.net.clock import time_ns
+from zmqbus.net.clock import now, time_ns
 from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
@@ -22,7 +23,7 @@ from zmqbus.node.storing.committer import Committer
 from zmqbus.node.storing.worker import Worker
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
-from zmqbus.protocol.commands import Command
+from zmqbus.protocol.commands import PATTERNS_MAX, Command
 from zmqbus.protocol.topics import check_pattern
 
 CLOSE_TIMEOUT = 5.0
@@ -64,6 +65,10 @@ class Forwarder:
     ) -> None:
         for pattern in topics:
             check_pattern(pattern)
+        if not 0 < len(topics) <= PATTERNS_MAX:
+            raise TopicError(
+                " ".join(topics[:5]), f"a forwarder claims 1 to {PATTERNS_MAX} patterns; '>' is everything"
+            )
         self.claims = list(topics)
         self.path = str(journal)
         self.journal = 0
@@ -72,6 +77,8 @@ class Forwarder:
         age_max_ns = None if age_max is None else int(age_max * 1e9)
         self._retention = Retention(bytes_max, age_max_ns, on_full == "drop_oldest")
         self._failure: asyncio.Future[None] | None = None
+        self._noting: asyncio.TimerHandle | None = None
+        self._counters: Counters = {}  # in the end
         self._store: Journal | None = None
 
     # --- life --------------------------------------------------------------------------------------
@@ -85,6 +92,8 @@ class Forwarder:
             Journal.open, self.path, now_ns=time_ns(), retention=self._retention
         )
         self.journal = journal.number
+        self._pace = Pace(now())
+        self._first = journal.durable_offset  # of what this run is given
         self._writing = Worker(loop, "zmqbus journal")
         self._reading = Worker(loop, "zmqbus log")
         self._engine = Engine(self._config, loop, self._turn_soon, self)
@@ -98,6 +107,7 @@ class Forwarder:
         except BaseException:
             await self._close_journal()
             raise
+        self._note()
         self._inflow.start()
         return self
 
@@ -105,6 +115,8 @@ class Forwarder:
         """Leave the bus, commit what was received, and let go of the journal. May be called twice."""
         if self._store is None:
             return
+        if self._noting is not None:
+            self._noting.cancel()
         self._inflow.stop()
         try:
             await self._engine.close(timeout)
@@ -118,7 +130,10 @@ class Forwarder:
         self._readings.close()
         await asyncio.to_thread(self._reading.close)
         await asyncio.to_thread(self._writing.close)
-        await asyncio.to_thread(journal.close, time_ns())
+        try:
+            await asyncio.to_thread(journal.close, time_ns())
+        finally:
+            self._counters = self._counted(journal)
 
     async def failed(self) -> None:
         """Wait for the end that nobody wants: raises JournalFailed or JournalCorrupt when the journal is broken."""
@@ -156,29 +171,57 @@ class Forwarder:
         self._engine.add_listener(stream)
         return stream
 
+    @property
+    def quarantined(self) -> list[str]:
+        """Files into which torn tails were put when the journal was recovered. Nobody was promised what is in them."""
+        return [] if self._store is None else list(self._store.quarantined)
+
     def statistics(self) -> Counters:
         """Figures since start, by name."""
         return {**self._engine.counters(), **self.counters()}
 
     def counters(self) -> Counters:
         """Of the journal."""
-        journal, times = self._store, sorted(self._committer.sync_seconds)
-        if journal is None:
-            return {}
-        return {
+        return self._counters if self._store is None else self._counted(self._store)
+
+    def _counted(self, journal: Journal) -> Counters:
+        committer, retention = self._committer, self._retention
+        time = now()
+        taken = journal.durable_offset - self._first
+        rates = self._pace.rates(time, taken, committer.bytes)
+        median, longest = median_and_longest_ms(committer.sync_seconds)
+        counters: Counters = {
+            "uptime_s": time - self._pace.started_at,
             "journal_path": self.path,
             "journal_bytes": journal.bytes_used,
+            "journal_bytes_max": retention.bytes_max or 0,
+            "journal_age_max_s": (retention.age_max_ns or 0) / 1e9,
+            "journal_on_full": "drop_oldest" if retention.drop_oldest else "reject",
             "journal_segments": len(journal.segments),
             "journal_first_offset": journal.first_offset,
             "journal_next_offset": journal.durable_offset,
             "journal_streams": len(journal.known),
             "journal_full": str(journal.full or ""),
-            "journal_messages": self._inflow.messages,
-            "commits": self._committer.commits,
-            "fsync_p50_ms": 1e3 * times[len(times) // 2] if times else 0.0,
-            "fsync_max_ms": 1e3 * times[-1] if times else 0.0,
+            "journal_messages": taken,
+            "journal_messages_per_s": rates.messages,
+            "journal_bytes_in": committer.bytes,
+            "journal_bytes_in_per_s": rates.bytes,
+            "journal_unacked": journal.next_offset - journal.durable_offset,
+            "cursors": len(journal.cursors.all()),
+            "commits": committer.commits,
+            "fsync_p50_ms": median,
+            "fsync_max_ms": longest,
             "readings": len(self._readings),
         }
+        if committer.committed_at is not None:
+            counters["last_commit_s"] = time - committer.committed_at
+        return counters
+
+    def _note(self) -> None:
+        journal = self._store
+        if journal is not None:
+            self._pace.note(now(), journal.durable_offset - self._first, self._committer.bytes)
+            self._noting = self._loop.call_later(NOTE_PERIOD, self._note)
 
     def cursors(self) -> list[tuple[str, int, bool]]:
         """Name, offset, and whether somebody reads under it."""

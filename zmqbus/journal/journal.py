@@ -115,7 +115,7 @@ class Journal:
             raise
         if self.cursors.quarantined is not None:
             self.quarantined.append(self.cursors.quarantined)
-        self._next_offset = self._written_offset = self.durable_offset
+        self.next_offset = self._written_offset = self.durable_offset  # of the next message that is accepted
 
     @classmethod
     def open(
@@ -187,8 +187,8 @@ class Journal:
         if stream is None:
             stream = self._streams.add(topic, origin)
         stream.accepted = first_seq + count - 1
-        self._pending.append((stream, self._next_offset, first_seq, count, time_ns, parts, size, external_bytes))
-        self._next_offset += count
+        self._pending.append((stream, self.next_offset, first_seq, count, time_ns, parts, size, external_bytes))
+        self.next_offset += count
         self.buffered_bytes += size
         return _ACCEPTED
 
@@ -436,7 +436,7 @@ class Journal:
         refused = self._streams.refuse(item[0] for item in self._pending)
         self._pending.clear()
         self.buffered_bytes = 0
-        self._next_offset = self._written_offset
+        self.next_offset = self._written_offset
         return refused
 
     def _rotate(self, ticket: Ticket) -> SegmentWriter | NoSpace:

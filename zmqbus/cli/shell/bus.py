@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from zmqbus.cli.messages.forms import parse_duration
+from zmqbus.cli.messages.forms import human_bytes, parse_duration, parse_size
 from zmqbus.cli.shell import remark
 from zmqbus.cli.shell.output import on_terminal
-from zmqbus.cli.shell.stopping import PEEK, check, suspended
+from zmqbus.cli.shell.stopping import PEEK, check, rest, suspended
 from zmqbus.errors import AuthError, ParseError, WaitTimeout
 from zmqbus.net.clock import now, time_ns
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zmqbus.node.faces.node import Node
     from zmqbus.protocol.message import Message
 
+SETTLE = "1.5s"  # nodes on one machine or LAN have found each other well within this
 PAUSE_EVERY = 0.1  # seconds: how often output is let out while more and more comes
 
 # --- options -----------------------------------------------------------------------------------
@@ -40,12 +41,31 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Seconds."""
         try:
-            seconds = float(value) if isinstance(value, float) else parse_duration(value)
+            seconds = float(value) if isinstance(value, int | float) else parse_duration(value)
         except ParseError as error:
             self.fail(str(error), param, ctx)
         if not self._least <= seconds <= self._most:
             self.fail(f"{value!r} is not between {self._least:g}s and {self._most:g}s", param, ctx)
         return seconds
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """`4096`, `64K`, `1.5MiB`, `10G`: bytes, so many at least."""
+
+    name = "size"
+
+    def __init__(self, least: int = 0) -> None:
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        try:
+            size = parse_size(str(value))
+        except ParseError as error:
+            self.fail(str(error), param, ctx)
+        if size < self._least:
+            self.fail(f"{value!r} is too small: {human_bytes(self._least)} is the least", param, ctx)
+        return size
 
 
 class Whole(click.ParamType):  # type: ignore[type-arg]
@@ -165,6 +185,14 @@ class Watch:
         self.poll()
         if self.refused:
             raise AuthError(f"nobody was reached: {self.refused}; use the key file of that bus (--key-file)")
+
+
+def settle(node: Node, watch: Watch, seconds: float) -> None:
+    """Let discovery settle, passing on what it warns of."""
+    until = now() + seconds
+    while (left := until - now()) > 0:
+        rest(min(left, PEEK))
+        watch.poll()
 
 
 def messages(

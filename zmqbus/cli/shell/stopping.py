@@ -3,7 +3,7 @@
 Rule 1: a signal only leaves a note. A command acts on it where it looks for it (`check`), which whatever waits does
 every PEEK seconds. So a signal never lands in the middle of anything, to leave it half done.
 Rule 2: LEAVE_MAX seconds after the first the process ends, however far it is. So there is no need for a second one,
-and that is ignored.
+and that is ignored. Only what others rely on has the time it needs (`handed_to`), until a second one comes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -94,6 +94,33 @@ def conclude(code: int) -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def handed_to(on_signal: Callable[[bool], None]) -> Iterator[None]:
+    """Here nobody looks for a note: `on_signal(False)` is called, in the main thread, when one of these signals comes.
+
+    With the second one, `on_signal(True)`, the LEAVE_MAX seconds begin. Raises Stopped if one has come already.
+    """
+    came = False
+
+    def hand_over(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        again, came = came, True
+        if again:
+            _note(number, frame)
+        on_signal(again)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, hand_over)
+        check()
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- Ctrl-Z ------------------------------------------------------------------------------------

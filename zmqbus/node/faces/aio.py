@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from datetime import datetime
 from math import inf
 from pathlib import Path
@@ -44,6 +44,13 @@ class AsyncPublisher:
     async def send(self, value: object, headers: dict[str, Any] | None = None) -> int:
         """Publish a value; returns its seq, the same as `AsyncNode.publish`."""
         seq = self._send(value, headers)
+        if self._crowded:
+            await self._node._give_way(self._publisher)
+        return seq
+
+    async def send_many(self, values: Iterable[object]) -> int:
+        """See `Publisher.send_many`."""
+        seq = self._publisher.send_many(values)
         if self._crowded:
             await self._node._give_way(self._publisher)
         return seq
@@ -162,12 +169,14 @@ class AsyncNode:
             publisher = self._publishers[topic]
         except KeyError:
             publisher = self._at_home().outlet.publisher(topic)
-        if durable or timeout is not None:
-            outlet = self._at_home().outlet
-            if timeout is not None:
-                await room(outlet, publisher, timeout)
-            if durable:
-                return await durability.durably_published(outlet, publisher, value, headers, timeout)
+        if durable:
+            return await durability.durably_published(self._at_home().outlet, publisher, value, headers, timeout)
+        if timeout is not None:
+            await room(self._at_home().outlet, publisher, timeout)
+            seq = publisher.send_without_wait(value, headers)
+            if self._crowded:
+                await self._give_way()
+            return seq
         # As in `Node.publish`.
         if headers is None and type(value) is bytes and len(value) <= SMALL and publisher.full:
             seq = next(publisher.seqs)

@@ -10,7 +10,7 @@ from zmqbus.node.storing.fetching import FETCH_BYTES
 from zmqbus.node.storing.outbox import Outbox
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
-from zmqbus.protocol.commands import Command
+from zmqbus.protocol.commands import HEADS_PER_COMMAND, Command
 
 TOPICS_PER_STATS = 1000
 
@@ -92,5 +92,5 @@ class Service:
 
     def _statistics(self, body: commands.Stats) -> commands.Statistics:
         topics = self._outlet.topics(body.skip, TOPICS_PER_STATS) if body.topics else []
-        cursors = self._extension.cursors() if self._extension is not None else []
+        cursors = self._extension.cursors()[:HEADS_PER_COMMAND] if self._extension is not None else []
         return commands.Statistics(self._counters(), topics, len(topics) == TOPICS_PER_STATS, cursors)

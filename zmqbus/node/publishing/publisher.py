@@ -13,7 +13,8 @@ When a subscriber's queue is full, frames wait in the `Broadcast`'s backlog, and
 from __future__ import annotations
 
 from collections import deque
-from itertools import count
+from collections.abc import Iterable
+from itertools import count, islice
 from threading import Lock
 from typing import Any, Protocol
 
@@ -73,7 +74,7 @@ class Streams(Protocol):
     def count(self, size: int, count: int, time: int) -> None:
         """A frame of `count` messages was sent at `time`."""
 
-    def make_room(self, publisher: Publisher) -> None:
+    def make_room(self, publisher: Publisher | None = None) -> None:
         """Wait until the backlog is sent, and what the forwarders have not acknowledged fits the buffer."""
 
 
@@ -161,6 +162,50 @@ class Publisher(Ring):
             self.flush_to(seq + 1)
         return seq
 
+    def send_many(self, values: Iterable[object]) -> int:
+        """Publish many values, each as a message of its own; returns the seq of the last one, 0 if there is none.
+
+        Where values come in numbers, as lines of a file do, this costs a fraction of as many calls of `send`.
+
+        Raises:
+            As `send`, of the first value that cannot be published. Those before it have been.
+        """
+        seq, rest = 0, iter(values)
+        while chunk := list(islice(rest, BATCH_MESSAGES_MAX)):
+            try:
+                payload = encode_values(chunk)
+            except Exception:  # whatever it is: it is found out below, and told of the value that it concerns
+                payload = b""
+            if 0 < len(payload) <= BATCH_BYTES_MAX:
+                seq = self._send_packed(payload, len(chunk))
+            else:
+                for value in chunk:
+                    seq = self.send(value)
+        return seq
+
+    def _send_packed(self, payload: bytes, number: int) -> int:
+        """A whole batch."""
+        out = self._out
+        with out.lock:
+            if out.refusal is not None:
+                raise out.refusal
+            seqs = list(islice(self.seqs, number))  # by one call, so that nobody draws one of these in between
+            first = seqs[0]
+            self._wait_for(first - 1)
+            self._transmit(0, payload, first, number)
+            if self.full:
+                self.full = self.sent + 1 + min(self.room, out.share)
+        if out.backlog or out.history.full:
+            out.make_room(self)
+        return first + number - 1
+
+    def send_without_wait(self, value: object, headers: dict[str, Any] | None = None) -> int:
+        """As `send`, for who has waited until there was room: does not wait for more if this fills the buffer."""
+        packed = encode_value(value)
+        if headers is not None or len(packed) >= EXTERNAL_BYTES_MIN:
+            return self._send_large(value, headers, patient=False)
+        return self._send(Raw(packed), len(packed), patient=False)
+
     @property
     def seq(self) -> int:
         """Seq of the last message published. Under the lock."""
@@ -171,7 +216,7 @@ class Publisher(Ring):
         """The first seq that is not sent yet. Under the lock."""
         return self.sent + 1
 
-    def _send(self, item: bytes | str | Raw, size: int) -> int:
+    def _send(self, item: bytes | str | Raw, size: int, patient: bool = True) -> int:
         """A message while nothing gathers: at low rates it leaves at once, and that is what a round trip waits for."""
         out = self._out
         with out.lock:
@@ -187,7 +232,7 @@ class Publisher(Ring):
             else:
                 self._put(seq, item, size)
         if out.backlog or out.history.full:
-            out.make_room(self)
+            out.make_room(self if patient else None)
         return seq
 
     def send_late(self, seq: int, item: bytes | str | Raw, size: int) -> int:
@@ -201,7 +246,7 @@ class Publisher(Ring):
             out.make_room(self)
         return seq
 
-    def _send_large(self, value: object, headers: dict[str, Any] | None) -> int:
+    def _send_large(self, value: object, headers: dict[str, Any] | None, patient: bool = True) -> int:
         """A message that is large, or has headers."""
         packed_headers = b""
         if headers is not None:
@@ -229,7 +274,7 @@ class Publisher(Ring):
                 self._externals[seq] = frames.EXTERNAL, b"\x91" + packed
             self._put(seq, Raw(packed if size < EXTERNAL_BYTES_MIN else NIL), size)
         if out.backlog or out.history.full:
-            out.make_room(self)
+            out.make_room(self if patient else None)
         return seq
 
     def _put(self, seq: int, item: bytes | str | Raw, size: int) -> None:
@@ -237,11 +282,7 @@ class Publisher(Ring):
         out = self._out
         if seq >= (self.full or self.sent + 1 + self.room):
             self._flush(self.full)
-        while seq > self.sent + self.room:  # another thread has drawn a seq, and not got round to filling its slot
-            out.lock.release()
-            sleep(TICK / 10)
-            out.lock.acquire()
-            self._flush()
+        self._wait_for(seq - self.room)
         self.ring[seq & self.mask] = item
         self._size += size
         if out.pace == EAGER or out.refusal is not None or self._externals or self._size >= BATCH_BYTES_MAX:
@@ -249,6 +290,15 @@ class Publisher(Ring):
         elif not self.full:
             out.expect(self)
             self.full = self.sent + 1 + min(self.room, out.share)
+
+    def _wait_for(self, seq: int) -> None:
+        """Send everything up to `seq`. Under the lock, which may be released in between."""
+        while self.sent < seq:
+            self._flush()
+            if self.sent < seq:  # another thread has drawn a seq, and not got round to filling its slot
+                self._out.lock.release()
+                sleep(TICK / 10)
+                self._out.lock.acquire()
 
     def flush_to(self, end: int) -> None:
         """A message before `end` was stored: a batch is full, or the tick that was to flush it has passed."""

@@ -43,6 +43,10 @@ class Committer:
     ) -> None:
         """`on_full`: there is no room any more (True), or again (False)."""
         self.commits = 0
+        self.bytes = 0
+        """Written so far: wire headers and payloads."""
+        self.committed_at: float | None = None
+        """When messages were last made durable, monotonic seconds."""
         self.sync_seconds: deque[float] = deque(maxlen=SYNCS_KEPT)
         """How long the last syncs took."""
         self.full = False
@@ -82,12 +86,15 @@ class Committer:
         if self._busy or self._failed:
             return
         self._urgent = False
+        before = self._journal.buffered_bytes
         try:
             ticket = self._journal.write(time_ns())
         except JournalError as error:
             self._fail(error)
         else:
             if ticket is not None:
+                if not ticket.refused:
+                    self.bytes += before - self._journal.buffered_bytes
                 self._sync(ticket)
 
     def check_room(self) -> None:
@@ -141,6 +148,8 @@ class Committer:
         except JournalError as failure:
             self._fail(failure)
             return
+        if commit.acked:
+            self.committed_at = now()
         self.pump(self._urgent)  # first: the disk has nothing to do
         self._on_commit(commit)
         self.check_room()
