@@ -129,7 +129,7 @@ class Reading:
     def consumed(self, log: Log, size: int) -> tuple[bool, bool]:
         """The consumer is done with a LOG. Returns whether it has caught up, and whether `grant` should be called.
 
-        It has caught up when it comes to the end that was last heard of, for the first time or after more than a window.
+        It has caught up when it comes to the end last heard of, for the first time or after more than a window.
         """
         self.passed = max(self.passed, log.next)
         self.consumed_bytes += size
