@@ -103,7 +103,9 @@ class Director:
         self.seed = seed
         self.rng = rng = Random(seed)
         claims = rng.choice((EVERYTHING, SHARED))
-        self.cells = {(cursor, journal): i for i, (cursor, journal) in enumerate((c, j) for c in CURSORS for j in claims)}
+        self.cells = {
+            (cursor, journal): i for i, (cursor, journal) in enumerate((c, j) for c in CURSORS for j in claims)
+        }
         # Two processes may read under one name: each notes in cells of its own.
         rival = {key: i + len(self.cells) for key, i in self.cells.items()}
         self.world = World(folder, f"chaos-{secrets.token_hex(6)}", seed, claims, Stage(2 * len(self.cells)))

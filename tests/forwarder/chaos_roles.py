@@ -167,11 +167,9 @@ def publish(life: Life, outbox: bool) -> None:
     """Publish until told to stop, now and then as a new origin; then see to it that all is where it should be."""
     recorder = life.recorder()
     asynchronous = life.rng.random() < 0.4
-    while life.stage.act == PUBLISHING:
-        if asynchronous:
-            asyncio.run(_publish_async(life, recorder, outbox))
-        else:
-            _publish(life, recorder, outbox)
+    over = False
+    while not over:
+        over = asyncio.run(_publish_async(life, recorder, outbox)) if asynchronous else _publish(life, recorder, outbox)
 
 
 def _options(life: Life, outbox: bool, small: bool) -> dict[str, Any]:
@@ -183,7 +181,8 @@ def _options(life: Life, outbox: bool, small: bool) -> dict[str, Any]:
     return options
 
 
-def _publish(life: Life, recorder: Recorder, outbox: bool) -> None:
+def _publish(life: Life, recorder: Recorder, outbox: bool) -> bool:
+    """As one origin. Returns whether that was the last."""
     rng, small = life.rng, life.rng.random() < 0.4
     with Node(**_options(life, outbox, small)) as node:
         account = Account(recorder, node.origin, whole=outbox or not small)
@@ -240,15 +239,18 @@ def _publish(life: Life, recorder: Recorder, outbox: bool) -> None:
             else:
                 flush(patience())
             life.pause(PACE)
-        if life.stage.act != PUBLISHING:
+        over = life.stage.act != PUBLISHING
+        if over:
             for topic in topics:
                 assert durable(topic, FINALE), f"{topic} is not durable, {FINALE} s after the last kill"
             flush(FINALE)
             if outbox:
                 wait_until(lambda: node.statistics()["outbox_undelivered"] == 0, "the outbox is delivered")
+        return over
 
 
-async def _publish_async(life: Life, recorder: Recorder, outbox: bool) -> None:
+async def _publish_async(life: Life, recorder: Recorder, outbox: bool) -> bool:
+    """The same in asyncio."""
     rng = life.rng
     async with AsyncNode(**_options(life, outbox, small=False)) as node:
         account = Account(recorder, node.origin, whole=True)
@@ -285,7 +287,8 @@ async def _publish_async(life: Life, recorder: Recorder, outbox: bool) -> None:
             else:
                 await flush(timeout)
             await asyncio.sleep(rng.uniform(0, PACE))
-        if life.stage.act != PUBLISHING:
+        over = life.stage.act != PUBLISHING
+        if over:
             done = await asyncio.gather(*(durable(topic, FINALE) for topic in topics))
             assert all(done), f"{topics} are not durable, {FINALE} s after the last kill: {done}"
             await flush(FINALE)
@@ -294,6 +297,7 @@ async def _publish_async(life: Life, recorder: Recorder, outbox: bool) -> None:
                 while (left := node.statistics()["outbox_undelivered"]) > 0:
                     assert time.monotonic() < deadline, f"{left} messages are left in the outbox"
                     await asyncio.sleep(0.05)
+        return over
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
