@@ -12,7 +12,7 @@ for lost. After the last kill everybody comes to an end in good order: publisher
 durable and their outboxes are empty, then consumers when they have read all there is, then forwarders. What must hold
 then is said by history_checker.py, and here:
 
-- every process that was not killed has ended well;
+- every process that was not killed has ended well, and none has complained on its stderr;
 - all that is journaled, on topics that a consumer wants, has been given to it.
 
 With two forwarders, each has its own topics, and its journal is judged as a history of its own.
@@ -43,7 +43,6 @@ from chaos_roles import (
     CONSUMING,
     FINALE,
     OVER,
-    PUBLISHING,
     STORING,
     Life,
     Stage,
@@ -90,6 +89,8 @@ class Outcome(NamedTuple):
     """By journal."""
     missing: list[str]
     """What consumers have not been given."""
+    complaints: list[str]
+    """What came out of anybody's stderr."""
 
 
 class Ended(AssertionError):
@@ -139,14 +140,19 @@ class Director:
         if role.pid == 0:
             code = 1
             try:
+                os.dup2(os.open(self.path(role, "stderr"), os.O_WRONLY | os.O_CREAT, 0o600), 2)
                 ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() == parent:
                     role.work(life)
                     code = 0
             except BaseException:
-                (self.world.folder / f"{role.name}-{role.lives:04}.error").write_text(traceback.format_exc())
+                traceback.print_exc()
             finally:
                 os._exit(code)
+
+    def path(self, role: Role, suffix: str) -> Path:
+        """Of a file of its present life."""
+        return self.world.folder / f"{role.name}-{role.lives:04}.{suffix}"
 
     def kill(self, role: Role) -> None:
         """kill -9, and reap it."""
@@ -166,9 +172,8 @@ class Director:
             if pid:
                 role.pid = 0
                 if status:
-                    error = self.world.folder / f"{role.name}-{role.lives:04}.error"
-                    reason = error.read_text() if error.exists() else f"status {status}"
-                    raise Ended(f"seed {self.seed}: {role.name}, life {role.lives}, has ended: {reason}")
+                    reason = self.path(role, "stderr").read_text()
+                    raise Ended(f"{role.name}, life {role.lives}, has ended with status {status}: {reason}")
         return bool(role.pid)
 
     def stop(self, role: Role, seconds: float) -> None:
@@ -237,10 +242,10 @@ class Director:
         deadline = time.monotonic() + FINALE
         while behind := {k: (self.reach(*k), end) for k, end in ends.items() if self.reach(*k) < end}:
             if time.monotonic() > deadline:
-                raise Ended(f"seed {self.seed}: consumers do not get to the end: {behind}")
+                raise Ended(f"consumers do not get to the end: {behind}")
             for role in self.roles:
                 if not self.look(role) and role.kind == "forwarder":
-                    raise Ended(f"seed {self.seed}: {role.name} is gone")
+                    raise Ended(f"{role.name} is gone")
             time.sleep(0.02)
         self.stage.act = STORING
         self.wait("consumer")
@@ -256,7 +261,7 @@ class Director:
         deadline = time.monotonic() + 2 * FINALE
         while running := [role.name for role in self.roles if self.look(role) and role.kind in kinds]:
             if time.monotonic() > deadline:
-                raise Ended(f"seed {self.seed}: {running} do not come to an end")
+                raise Ended(f"{running} do not come to an end")
             time.sleep(0.02)
 
     def close(self) -> None:
@@ -286,7 +291,7 @@ def judge(world: World) -> tuple[dict[str, Report], list[str]]:
                 return mine(event.topic)
             if isinstance(event, Opened | Consumed | Committed):
                 return event.consumer.endswith(f"@{journal}")
-            return True
+            return False
 
         after = [
             Line(Journaled(m.offset, m.topic, m.origin, m.seq, digest_of(m.value)), f"{journal}.journal", m.offset)
@@ -315,7 +320,8 @@ def run(seed: int, folder: Path, kills: int) -> Outcome:
     finally:
         director.close()
     reports, missing = judge(director.world)
-    return Outcome(seed, director.kills, director.stops, time.monotonic() - began, reports, missing)
+    complaints = [f"{path.stem}: {text}" for path in sorted(folder.glob("*.stderr")) if (text := path.read_text())]
+    return Outcome(seed, director.kills, director.stops, time.monotonic() - began, reports, missing, complaints)
 
 
 def main(folder: str, seed: str, kills: str) -> None:
@@ -334,7 +340,7 @@ def main(folder: str, seed: str, kills: str) -> None:
         "seconds": round(outcome.seconds, 1),
         "journals": len(outcome.reports),
         "counts": counts,
-        "broken": [*broken, *outcome.missing][:50],
+        "broken": [*broken, *outcome.missing, *outcome.complaints][:50],
     }
     print(json.dumps(facts))
 

@@ -154,7 +154,10 @@ class Account:
             self._recorder.record(Acked(topic, self.origin, seq, before + 1))
             self._acked[topic] = seq
 
-    def failed(self, topic: str, seq: int) -> None:
+    def failed(self, topic: str, seq: int | None) -> None:
+        """NotDurable: it may be, or not."""
+        assert seq is not None
+        assert seq <= self.published[topic]
         self._recorder.record(Failed(topic, self.origin, seq))
 
     def flushed(self, upto: dict[str, int]) -> None:
@@ -195,8 +198,7 @@ def _publish(life: Life, recorder: Recorder, outbox: bool) -> bool:
             except BufferFull:
                 return False  # nothing was published
             except NotDurable as error:
-                assert error.seq is not None
-                account.done(topic, error.seq)
+                account.done(topic, error.seq or 0)
                 account.failed(topic, error.seq)
                 return False
             account.done(topic, seq)
@@ -262,8 +264,7 @@ async def _publish_async(life: Life, recorder: Recorder, outbox: bool) -> bool:
             try:
                 assert await node.publish(topic, value, durable=True, timeout=timeout) == seq
             except NotDurable as error:
-                assert error.seq == seq
-                account.failed(topic, seq)
+                account.failed(topic, error.seq)
                 return False
             account.acked(topic, seq)
             return True
