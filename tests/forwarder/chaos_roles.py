@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
+from threading import Lock
 from typing import Any, NamedTuple
 
 from history import Acked, Committed, Consumed, Failed, Opened, Recorder, Sent, digest
@@ -27,6 +30,7 @@ from zmqbus.journal import Journal
 from zmqbus.protocol.topics import Matcher
 
 PUBLISHING, CONSUMING, STORING, OVER = range(4)  # who still works: each stage ends the role that gave it its name
+BOTH = "both"  # what is said to be the journal where nobody can tell
 TOPICS = ("logs.a", "logs.b", "metrics.cpu", "metrics.mem")
 SEGMENT_BYTES = 1 << 20  # of journals, so that segments change while processes are killed
 OUTBOX_BYTES = 16 << 20
@@ -48,10 +52,10 @@ def digest_of(value: Any) -> str:
 
 
 class Stage:
-    """Memory that all processes of a world share: what is to be done, and how far everybody is."""
+    """Memory that all processes of a world share: what is to be done."""
 
-    def __init__(self, cells: int) -> None:
-        self._cells = memoryview(mmap.mmap(-1, 8 * (cells + 1))).cast("Q")
+    def __init__(self) -> None:
+        self._cells = memoryview(mmap.mmap(-1, 8)).cast("Q")
 
     @property
     def act(self) -> int:
@@ -62,14 +66,6 @@ class Stage:
     def act(self, act: int) -> None:
         self._cells[0] = act
 
-    def reach(self, cell: int) -> int:
-        """What was last noted there."""
-        return self._cells[1 + cell]
-
-    def note(self, cell: int, reached: int) -> None:
-        """Only ever more."""
-        self._cells[1 + cell] = max(reached, self._cells[1 + cell])
-
 
 class World(NamedTuple):
     """What all of them know."""
@@ -78,7 +74,9 @@ class World(NamedTuple):
     bus: str
     seed: int
     claims: dict[str, list[str]]
-    """The topics of each forwarder; no topic has two."""
+    """The topics of each forwarder."""
+    twins: bool
+    """Whether two of them claim the same, and publishers want both to have it."""
     stage: Stage
 
 
@@ -89,6 +87,27 @@ class Life:
         self.world, self.role, self.number = world, role, number
         self.rng = Random(f"{world.seed} {role} {number}")
         self.stage = world.stage
+        self.leaving = False
+        """Told to end in good order, and soon."""
+
+    def begin(self) -> None:
+        """In the new process. SIGTERM is blocked until somebody looks for it."""
+
+        def leave(*_: object) -> None:
+            self.leaving = True
+
+        signal.signal(signal.SIGTERM, leave)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    @property
+    def is_publishing(self) -> bool:
+        """Whether there is to be more of it."""
+        return self.stage.act == PUBLISHING and not self.leaving
+
+    @property
+    def is_consuming(self) -> bool:
+        """The same."""
+        return self.stage.act <= CONSUMING and not self.leaving
 
     def recorder(self) -> Recorder:
         return Recorder(self.world.folder / f"{self.role}-{self.number:04}.jsonl")
@@ -108,7 +127,7 @@ def store(life: Life) -> None:
         path = world.folder / f"{life.role}.journal"
         async with Forwarder(path, topics=world.claims[life.role], name=life.role, bus=world.bus) as forwarder:
             failed = asyncio.ensure_future(forwarder.failed())
-            while life.stage.act < OVER:
+            while life.stage.act < OVER and not life.leaving:
                 await asyncio.wait([failed], timeout=0.05)
                 if failed.done():
                     failed.result()
@@ -171,12 +190,12 @@ def publish(life: Life, outbox: bool) -> None:
     recorder = life.recorder()
     asynchronous = life.rng.random() < 0.4
     over = False
-    while not over:
+    while not over and not life.leaving:
         over = asyncio.run(_publish_async(life, recorder, outbox)) if asynchronous else _publish(life, recorder, outbox)
 
 
 def _options(life: Life, outbox: bool, small: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {"bus": life.world.bus, "name": life.role}
+    options: dict[str, Any] = {"bus": life.world.bus, "name": life.role, "acks": 2 if life.world.twins else 1}
     if small:
         options |= {"history_bytes": 100_000, "buffer_bytes": 300_000}
     if outbox:
@@ -231,7 +250,7 @@ def _publish(life: Life, recorder: Recorder, outbox: bool) -> bool:
         if outbox:  # which has a stream from its first durable message on
             for topic in topics:
                 durable(topic, 5.0)
-        while life.stage.act == PUBLISHING and rng.random() > 0.01:
+        while life.is_publishing and rng.random() > 0.01:
             topic = rng.choice(topics)
             draw = rng.random()
             if draw < 0.4 and (account.published[topic] or not outbox):
@@ -277,7 +296,7 @@ async def _publish_async(life: Life, recorder: Recorder, outbox: bool) -> bool:
 
         if outbox:
             await asyncio.gather(*(durable(topic, 5.0) for topic in topics))
-        while life.stage.act == PUBLISHING and rng.random() > 0.01:
+        while life.is_publishing and rng.random() > 0.01:
             draw, timeout = rng.random(), rng.choice((0.05, 0.5, 2.0))
             if draw < 0.3 and (account.published[topics[0]] or not outbox):
                 for value in account.prepare(topics[0], rng.randint(1, 100)):
@@ -296,7 +315,7 @@ async def _publish_async(life: Life, recorder: Recorder, outbox: bool) -> bool:
             if outbox:
                 deadline = time.monotonic() + FINALE
                 while (left := node.statistics()["outbox_undelivered"]) > 0:
-                    assert time.monotonic() < deadline, f"{left} messages are left in the outbox"
+                    assert time.monotonic() < deadline, f"{left} messages stay in the outbox"
                     await asyncio.sleep(0.05)
         return over
 
@@ -313,60 +332,126 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 class Diary:
     """What one session of a consumer was given, and told. One journal's offsets are not another's: each has its own
-    consumer in the history, named cursor@journal."""
+    consumer in the history, named cursor@journal. Where two journals have the same, what is read is of both."""
 
-    def __init__(self, life: Life, recorder: Recorder, cursor: str, patterns: list[str], cells: dict[str, int]) -> None:
-        self._recorder, self._life, self._cells = recorder, life, cells
-        self._names = {journal: f"{cursor}@{journal}" for journal in cells}
-        self._claims = {journal: Matcher(claims).matches for journal, claims in life.world.claims.items()}
+    def __init__(self, world: World, recorder: Recorder, cursor: str, patterns: list[str]) -> None:
+        self._recorder, self._cursor, self._twins = recorder, cursor, world.twins
+        self._claims = {journal: Matcher(claims).matches for journal, claims in world.claims.items()}
         self._reached: dict[str, int] = {}
-        recorder.record(*(Opened(name, patterns) for name in self._names.values()))
+        recorder.record(*(Opened(f"{cursor}@{journal}", patterns) for journal in (*self._claims, BOTH)))
 
-    def given(self, message: Message) -> None:
-        journal = next(journal for journal, claims in self._claims.items() if claims(message.topic))
-        assert message.offset is not None
+    def given(self, message: Message) -> tuple[str, int]:
+        """Returns whose it is, and its place."""
         m = message
-        self._recorder.record(
-            Consumed(self._names[journal], message.offset, m.topic, m.origin, m.seq, digest_of(m.value))
-        )
-        self._reached[journal] = message.offset + 1
-        self._life.stage.note(self._cells[journal], message.offset + 1)
+        journal = BOTH if self._twins else next(name for name, claims in self._claims.items() if claims(m.topic))
+        assert m.offset is not None
+        consumer = f"{self._cursor}@{journal}"
+        self._recorder.record(Consumed(consumer, m.offset, m.topic, m.origin, m.seq, digest_of(m.value)))
+        self._reached[journal] = m.offset + 1
+        return journal, m.offset
 
-    def committed(self) -> None:
-        """All that was given."""
-        self._recorder.record(*(Committed(self._names[journal], at) for journal, at in self._reached.items()))
+    def reached(self, in_hand: Iterable[tuple[str, int]] = ()) -> dict[str, int]:
+        """All that was given, by journal, but for what others have in hand."""
+        reached = dict(self._reached)
+        for journal, offset in in_hand:
+            reached[journal] = min(reached[journal], offset)
+        return reached
+
+    def committed(self, reached: dict[str, int]) -> None:
+        self._recorder.record(*(Committed(f"{self._cursor}@{journal}", at) for journal, at in reached.items()))
 
 
-def consume(life: Life, cursor: str, patterns: list[str], cells: dict[str, int], rival: bool) -> None:
+def consume(life: Life, cursor: str, patterns: list[str], rival: bool) -> None:
     """Read under a name, in several sessions, until told to stop; who is a `rival` takes it over, and then leaves."""
     recorder, rng = life.recorder(), life.rng
+    session = rng.choice((_consume, _consume, _consume_together, _consume_async))
+    while life.is_consuming:
+        if rival:
+            life.pause(2.0)
+            if not life.is_publishing:
+                return
+        with contextlib.suppress(SubscriptionTaken):
+            session(life, partial(Diary, life.world, recorder, cursor, patterns), cursor, patterns)
+            continue
+        life.pause(0.5)  # and then it takes it back
+
+
+def _consume(life: Life, open_diary: Callable[[], Diary], cursor: str, patterns: list[str]) -> None:
+    rng = life.rng
     with Node(life.role, bus=life.world.bus) as node:
-        while life.stage.act <= CONSUMING:
-            if rival:
-                life.pause(2.0)
-                if life.stage.act != PUBLISHING:
-                    return
-            slow = rng.random() < 0.2
-            diary = Diary(life, recorder, cursor, patterns, cells)
-            try:
-                subscription = node.subscribe(*patterns, durable=cursor, start="first")
-                for _ in range(rng.choice((3, 100, 2000, 20_000))):
-                    message = subscription.get(0.1)
-                    if message is not None:
-                        diary.given(message)
-                        if slow and life.stage.act == PUBLISHING:
-                            life.pause(0.01)
-                    elif life.stage.act > CONSUMING:
-                        break
-                    if rng.random() < 0.002:
-                        with contextlib.suppress(WaitTimeout):
-                            subscription.commit(rng.choice((0.01, 1.0, 5.0)))
-                            diary.committed()
-                finished = life.stage.act > CONSUMING
-                if finished or rng.random() < 0.5:
+        while life.is_consuming and rng.random() > 0.1:
+            diary, slow = open_diary(), rng.random() < 0.2
+            subscription = node.subscribe(*patterns, durable=cursor, start="first")
+            for _ in range(rng.choice((3, 100, 2000, 20_000))):
+                message = subscription.get(0.1)
+                if message is not None:
+                    diary.given(message)
+                if not life.is_consuming:
+                    break
+                if slow and life.is_publishing:
+                    life.pause(0.01)
+                if rng.random() < 0.002:
                     with contextlib.suppress(WaitTimeout):
-                        subscription.commit(FINALE if finished else 2.0)
-                        diary.committed()
-                subscription.close()
-            except SubscriptionTaken:
-                life.pause(0.5)  # and it takes it back
+                        subscription.commit(rng.choice((0.01, 1.0, 5.0)))
+                        diary.committed(diary.reached())
+            if rng.random() < 0.5:
+                with contextlib.suppress(WaitTimeout):
+                    subscription.commit(2.0)
+                    diary.committed(diary.reached())
+            subscription.close()
+
+
+def _consume_together(life: Life, open_diary: Callable[[], Diary], cursor: str, patterns: list[str]) -> None:
+    """Two threads share a subscription. What they are given is written down in order; what they do with it is not."""
+    diary, turn = open_diary(), Lock()
+    in_hand: dict[int, tuple[str, int]] = {}
+
+    def work(number: int, rng: Random) -> None:
+        for _ in range(rng.choice((3, 100, 2000))):
+            if not life.is_consuming:
+                break
+            with turn:
+                message = subscription.get(0)
+                in_hand.pop(number, None)
+                if message is not None:
+                    in_hand[number] = diary.given(message)
+            if message is None:
+                time.sleep(0.01)
+            elif rng.random() < 0.01:
+                time.sleep(rng.uniform(0, 0.5))
+                with turn:
+                    reached = diary.reached(held for whose, held in in_hand.items() if whose != number)
+                with contextlib.suppress(WaitTimeout):
+                    subscription.commit(1.0)
+                    with turn:
+                        diary.committed(reached)
+
+    with Node(life.role, bus=life.world.bus) as node:
+        subscription = node.subscribe(*patterns, durable=cursor, start="first")
+        with ThreadPoolExecutor(2) as threads:
+            works = [threads.submit(work, number, Random(life.rng.random())) for number in range(2)]
+        for done in works:
+            done.result()
+        subscription.close()
+
+
+def _consume_async(life: Life, open_diary: Callable[[], Diary], cursor: str, patterns: list[str]) -> None:
+    rng = life.rng
+
+    async def main() -> None:
+        async with AsyncNode(life.role, bus=life.world.bus) as node:
+            while life.is_consuming and rng.random() > 0.1:
+                diary = open_diary()
+                async with node.subscribe(*patterns, durable=cursor, start="first") as subscription:
+                    for _ in range(rng.choice((3, 100, 2000, 20_000))):
+                        message = await subscription.get(0.1)
+                        if message is not None:
+                            diary.given(message)
+                        if not life.is_consuming:
+                            break
+                        if rng.random() < 0.002:
+                            with contextlib.suppress(WaitTimeout):
+                                await subscription.commit(rng.choice((0.01, 1.0, 5.0)))
+                                diary.committed(diary.reached())
+
+    asyncio.run(main())

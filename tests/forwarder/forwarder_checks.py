@@ -21,7 +21,7 @@ import pytest
 
 from tests.forwarder.conftest import SOON, claims, meet, on
 from tests.forwarder.forwarders import Running, running, seqs, stored
-from tests.node.conftest import cursors, drain, eventually, known_to, on_loop, publish
+from tests.node.conftest import cursors, drain, eventually, known_to, publish
 from zmqbus import Node, NotDurable
 from zmqbus.errors import WaitTimeout
 from zmqbus.journal.storage import Disk
@@ -296,6 +296,24 @@ def who_has_been_taken_over_commits_nothing(place: Place) -> None:
         fresh.close()
 
 
+def a_reader_takes_no_commit_back(place: Place) -> None:
+    """It may be one that was taken over, did not hear of it because the forwarder was killed, and has read on."""
+    with place.both() as (forwarder, node), Node("reader", bus=place.bus) as reader:
+        publish(node, "a", range(20))
+        known_to(reader)
+        subscription = reader.subscribe("a", durable="name", start="first")
+        drain(subscription, 10)
+        subscription.commit(SOON)
+        number = subscription._replay.readings[0].number  # type: ignore[attr-defined]
+        late = commands.Commit("name", 3, number)
+        assert ask(reader, forwarder, late) == late
+        assert cursors(forwarder) == {"name": 10}
+        subscription.close()
+        back = commands.Commit("name", 3)  # somebody who reads nothing may well do that
+        assert ask(reader, forwarder, back) == back
+        assert cursors(forwarder) == {"name": 3}
+
+
 def a_reading_begins_at_its_cursor(place: Place) -> None:
     with place.both() as (forwarder, node), Node("reader", bus=place.bus) as reader:
         publish(node, "a", range(20))
@@ -303,7 +321,6 @@ def a_reading_begins_at_its_cursor(place: Place) -> None:
         with reader.subscribe("a", durable="name", start="first") as subscription:
             drain(subscription, 5)
         assert cursors(forwarder) == {"name": 5}
-        on_loop(forwarder, forwarder.forwarder._readings.cursors)
         assert drain(reader.subscribe("a", durable="name", start="first"), 1)[0].offset == 5
 
 
@@ -347,6 +364,7 @@ CHECKS: list[Callable[[Place], None]] = [
     what_a_consumer_has_in_hand_comes_again,
     a_commit_is_confirmed_when_it_is_on_disk,
     who_has_been_taken_over_commits_nothing,
+    a_reader_takes_no_commit_back,
     a_reading_begins_at_its_cursor,
     the_outbox_keeps_what_is_not_delivered,
     the_outbox_says_durable_when_it_is,

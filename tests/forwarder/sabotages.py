@@ -132,6 +132,11 @@ def stale_commits_accepted(patch: Patch) -> None:
     patch.setattr(Readings, "_commit", commit)
 
 
+def commits_taken_back(patch: Patch) -> None:
+    real = Committer.commit_cursors
+    patch.setattr(Committer, "commit_cursors", lambda self, cursors, forward=False: real(self, cursors))
+
+
 def cursor_ignored(patch: Patch) -> None:
     real = Readings._start
 

@@ -28,6 +28,7 @@ CASES: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[[Place], None]]
     (sabotages.committed_with_what_is_in_hand, checks.what_a_consumer_has_in_hand_comes_again),
     (sabotages.commit_confirmed_at_once, checks.a_commit_is_confirmed_when_it_is_on_disk),
     (sabotages.stale_commits_accepted, checks.who_has_been_taken_over_commits_nothing),
+    (sabotages.commits_taken_back, checks.a_reader_takes_no_commit_back),
     (sabotages.cursor_ignored, checks.a_reading_begins_at_its_cursor),
     (sabotages.outbox_trimmed_before_delivery, checks.the_outbox_keeps_what_is_not_delivered),
     (sabotages.outbox_begins_at_its_end, checks.the_outbox_keeps_what_is_not_delivered),
