@@ -25,12 +25,15 @@ if TYPE_CHECKING:
         JournalUnavailable,
         JournalVersion,
         KeyFileError,
+        LogGapError,
+        LogUnavailable,
         MessageTooLarge,
         NodeClosed,
         NoSpace,
         NotDurable,
         RemoteProtocolError,
         SetupError,
+        SubscriptionTaken,
         TooManyStreams,
         TopicError,
         UnsupportedValue,
@@ -40,9 +43,23 @@ if TYPE_CHECKING:
     )
     from zmqbus.forwarder.forwarder import Forwarder
     from zmqbus.net.keys import BusKey
-    from zmqbus.node.events import AsyncEventStream, Event, EventStream, KeyMismatch, TopicInfo, Undelivered, Warned
-    from zmqbus.node.faces.aio import AsyncNode, AsyncPublisher, AsyncSubscription
-    from zmqbus.node.faces.node import Node, Subscription
+    from zmqbus.node.events import (
+        AsyncEventStream,
+        CaughtUp,
+        Event,
+        EventStream,
+        ForwarderDown,
+        ForwarderUp,
+        KeyMismatch,
+        LogGap,
+        TopicInfo,
+        Undelivered,
+        Warned,
+    )
+    from zmqbus.node.faces.aio import AsyncNode, AsyncPublisher
+    from zmqbus.node.faces.aio_subscription import AsyncSubscription
+    from zmqbus.node.faces.node import Node
+    from zmqbus.node.faces.subscription import Subscription
     from zmqbus.node.publishing.publisher import Publisher
     from zmqbus.protocol.members.peers import DuplicateName, Peer, PeerJoined, PeerLeft
     from zmqbus.protocol.message import Message
@@ -53,16 +70,19 @@ _HOMES = {
     "AsyncEventStream": "node.events",
     "AsyncNode": "node.faces.aio",
     "AsyncPublisher": "node.faces.aio",
-    "AsyncSubscription": "node.faces.aio",
+    "AsyncSubscription": "node.faces.aio_subscription",
     "AuthError": "errors",
     "BufferFull": "errors",
     "BusKey": "net.keys",
+    "CaughtUp": "node.events",
     "DecodeError": "errors",
     "DuplicateName": "protocol.members.peers",
     "Event": "node.events",
     "EventStream": "node.events",
     "ForkedProcess": "errors",
     "Forwarder": "forwarder.forwarder",
+    "ForwarderDown": "node.events",
+    "ForwarderUp": "node.events",
     "Gap": "protocol.streams.stream",
     "GapError": "errors",
     "JournalCorrupt": "errors",
@@ -73,6 +93,9 @@ _HOMES = {
     "JournalVersion": "errors",
     "KeyFileError": "errors",
     "KeyMismatch": "node.events",
+    "LogGap": "node.events",
+    "LogGapError": "errors",
+    "LogUnavailable": "errors",
     "Message": "protocol.message",
     "MessageTooLarge": "errors",
     "NoSpace": "errors",
@@ -85,7 +108,8 @@ _HOMES = {
     "Publisher": "node.publishing.publisher",
     "RemoteProtocolError": "errors",
     "SetupError": "errors",
-    "Subscription": "node.faces.node",
+    "Subscription": "node.faces.subscription",
+    "SubscriptionTaken": "errors",
     "TooManyStreams": "errors",
     "TopicError": "errors",
     "TopicInfo": "node.events",
@@ -105,12 +129,15 @@ __all__ = [
     "AuthError",
     "BufferFull",
     "BusKey",
+    "CaughtUp",
     "DecodeError",
     "DuplicateName",
     "Event",
     "EventStream",
     "ForkedProcess",
     "Forwarder",
+    "ForwarderDown",
+    "ForwarderUp",
     "Gap",
     "GapError",
     "JournalCorrupt",
@@ -121,6 +148,9 @@ __all__ = [
     "JournalVersion",
     "KeyFileError",
     "KeyMismatch",
+    "LogGap",
+    "LogGapError",
+    "LogUnavailable",
     "Message",
     "MessageTooLarge",
     "NoSpace",
@@ -134,6 +164,7 @@ __all__ = [
     "RemoteProtocolError",
     "SetupError",
     "Subscription",
+    "SubscriptionTaken",
     "TooManyStreams",
     "TopicError",
     "TopicInfo",

@@ -163,6 +163,45 @@ class GapError(ZmqbusError):
         self.last = last
 
 
+class LogGapError(GapError):
+    """The same for the log of one forwarder, by offsets: `first`..`last` are no more in its `journal`. Retention was
+    quicker than this reader, or they were destroyed and declared lost by a repair; which topics, nobody can tell."""
+
+    def __init__(self, forwarder: str, journal: int, first: int, last: int) -> None:
+        super().__init__("", 0, first, last)
+        self.args = (
+            f"up to {last - first + 1:,} message(s) are lost: offsets {first:,} to {last:,} are no more in the journal "
+            f"of {forwarder}",
+        )
+        self.forwarder = forwarder
+        self.journal = journal
+
+
+class SubscriptionTaken(ZmqbusError):
+    """Another consumer reads under this subscription's durable name now, from what was committed on. `name` is it.
+
+    What was handed out and not committed comes again, there.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"another consumer reads as {name!r} now: one at a time has a durable name; to share the work use a queue, "
+            "to get everything twice another name"
+        )
+        self.name = name
+
+
+class LogUnavailable(ZmqbusError):
+    """A forwarder cannot give what its log should have. `code` is the reason for programs: "corrupt" (its journal is
+    damaged there), "read" (it cannot read from there), "protocol" (it sent what cannot be right)."""
+
+    def __init__(self, forwarder: str, code: str, reason: str) -> None:
+        super().__init__(f"cannot read the log of {forwarder}: {reason}")
+        self.forwarder = forwarder
+        self.code = code
+        self.reason = reason
+
+
 class WaitTimeout(ZmqbusError, TimeoutError):
     """A `wait_for_…` did not see what it waited for in time. `seen` and `wanted` say how far it came."""
 

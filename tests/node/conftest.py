@@ -5,10 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import zmqbus
+from tests.node.forwarders import Hosted
 
 
 @pytest.fixture
@@ -48,3 +51,54 @@ def eventually(condition: Callable[[], bool], timeout: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.005)
+
+
+# --- the log ---------------------------------------------------------------------------------------
+
+
+def known_to(*nodes: zmqbus.Node, forwarders: int = 1) -> None:
+    """Wait until each of them knows so many forwarders."""
+    for node in nodes:
+        eventually(lambda node=node: sum(bool(peer.journal) for peer in node.peers()) == forwarders)
+
+
+def publish(node: zmqbus.Node, topic: str, values: Any) -> None:
+    """On disk when this returns."""
+    for value in values:
+        node.publish(topic, value)
+    node.flush(20)
+
+
+def values(subscription: zmqbus.Subscription, count: int) -> list[Any]:
+    return [message.value for message in drain(subscription, count)]
+
+
+def wait_for(events: zmqbus.EventStream, kind: type[Any], count: int = 1) -> list[Any]:
+    found: list[Any] = []
+    deadline = time.monotonic() + 20
+    while len(found) < count:
+        event = events.get(max(0.0, deadline - time.monotonic()))
+        assert event is not None, f"no {kind.__name__}"
+        if isinstance(event, kind):
+            found.append(event)
+    return found
+
+
+@pytest.fixture
+def reader(bus: str) -> Iterator[zmqbus.Node]:
+    with zmqbus.Node("reader", bus=bus) as node:
+        yield node
+
+
+@pytest.fixture
+def writer(bus: str) -> Iterator[zmqbus.Node]:
+    with zmqbus.Node("writer", bus=bus) as node:
+        yield node
+
+
+@pytest.fixture
+def forwarder(bus: str, tmp_path: Path, writer: zmqbus.Node, reader: zmqbus.Node) -> Iterator[Hosted]:
+    """One that both know."""
+    with Hosted(tmp_path / "journal", bus=bus, name="store") as hosted:
+        known_to(writer, reader)
+        yield hosted

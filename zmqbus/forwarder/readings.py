@@ -38,16 +38,19 @@ class Reading:
         self.credit = body.credit
         self.reader: Reader | None = None  # until it is known where to begin
         self.busy = False
+        self.identity = identity
         self.progress: Log | None = None  # over what is not wanted: worth telling, but not each time
+        self.told = 0  # `next` of the last LOG
         self.told_at = 0.0
         self._inbox = inbox
-        self._identity = identity
         self._request = command.request
 
     def send(self, body: commands.Body, part: bytes = b"") -> bool:
         """False: the connection is gone, or nobody reads from it."""
         self.progress, self.told_at = None, now()
-        return self._inbox.answer(self._identity, body, self._request, [part] if part else ())
+        if isinstance(body, Log):
+            self.told = body.next
+        return self._inbox.answer(self.identity, body, self._request, [part] if part else ())
 
 
 class Readings:
@@ -79,20 +82,20 @@ class Readings:
             case commands.Fetch() as body:
                 self._spawn(answer_fetch(self._journal, self._worker, inbox, identity, command.request, body))
             case commands.Read() as body:
-                self._spawn(self._begin(Reading(inbox, identity, origin, command, body), body))
+                self._begin(Reading(inbox, identity, origin, command, body), body)
             case commands.Credit(id=number) as body:
                 reading = self._readings.get((origin, number))
-                if reading is None:
+                if reading is None or reading.identity != identity:  # or it belongs to a connection that is gone
+                    self._end(reading)
                     inbox.answer(identity, Error("reading", f"there is no reading {number}"), command.request)
                 else:
                     reading.credit += body.bytes
-                    if reading.progress is not None:
-                        reading.send(reading.progress)
+                    self._tell(reading, bool(body.bytes))
                     self._step(reading)
             case commands.Unread(id=number):
                 self._end(self._readings.get((origin, number)))
             case commands.Commit() as body:
-                self._spawn(self._commit(inbox, identity, origin, command.request, body))
+                self._commit(inbox, identity, origin, command.request, body)
             case _:
                 return False
         return True
@@ -115,7 +118,7 @@ class Readings:
 
     # --- reading -----------------------------------------------------------------------------------
 
-    async def _begin(self, reading: Reading, body: commands.Read) -> None:
+    def _begin(self, reading: Reading, body: commands.Read) -> None:
         try:
             for pattern in body.patterns:
                 check_pattern(pattern)
@@ -131,11 +134,14 @@ class Readings:
                 holder.send(Error("taken", f"another subscription reads as {reading.cursor!r} now"))
                 self._end(holder)
             self._holders[reading.cursor] = reading
+        self._spawn(self._open(reading, body))
+
+    async def _open(self, reading: Reading, body: commands.Read) -> None:
         try:
             start = await self._start(reading, body)
         except (JournalError, ValueError) as error:
-            if reading.send(Error("read", str(error))):
-                self._end(reading)
+            reading.send(Error("corrupt" if isinstance(error, JournalCorrupt) else "read", str(error)[:1000]))
+            self._end(reading)
             return
         if self._readings.get(reading.key) is reading:
             matches = Matcher(body.patterns).matches
@@ -151,7 +157,7 @@ class Readings:
         journal = self._journal
         if reading.cursor and (known := journal.cursors.all().get(reading.cursor)) is not None:
             return known.offset
-        start = journal.durable_offset if body.offset == END else body.offset
+        start = journal.durable_offset if body.offset == END else body.offset or journal.first_offset
         if body.time_ns:
             start = await self._worker.do(find_time, journal, body.time_ns)
         if start > journal.durable_offset:
@@ -159,6 +165,12 @@ class Readings:
         if reading.cursor:
             await self._committer.commit_cursors({reading.cursor: Cursor(start)})
         return start
+
+    def _tell(self, reading: Reading, if_due: bool) -> None:
+        """Say how far it is: what has been passed over, and where the journal ends now."""
+        if reading.reader is not None and (reading.progress is not None or not if_due):
+            reached = reading.told if reading.progress is None else reading.progress.next
+            reading.send(Log(reading.key[1], self._journal.number, reached, self._journal.durable_offset))
 
     def _step(self, reading: Reading) -> None:
         """Send more, if there is more, and it may."""
@@ -211,14 +223,21 @@ class Readings:
 
     # --- the rest ----------------------------------------------------------------------------------
 
-    async def _commit(self, inbox: Inbox, identity: bytes, origin: int, request: int, body: commands.Commit) -> None:
+    def _commit(self, inbox: Inbox, identity: bytes, origin: int, request: int, body: commands.Commit) -> None:
         holder = self._holders.get(body.cursor)
-        if (holder.key if holder is not None else (origin, 0)) != (origin, body.id):
-            inbox.answer(identity, Error("taken", f"cursor {body.cursor!r} is held by another reading"), request)
-            return
-        if body.forget and body.cursor not in self._journal.cursors.all():
-            inbox.answer(identity, Error("cursor", f"there is no cursor {body.cursor!r}"), request)
-            return
+        refusal: Error | None = None
+        if holder is not None and holder.key != (origin, body.id):
+            refusal = Error("taken", f"cursor {body.cursor!r} is held by another reading")
+        elif holder is None and body.id:
+            refusal = Error("reading", f"there is no reading {body.id} with cursor {body.cursor!r}")
+        elif body.forget and body.cursor not in self._journal.cursors.all():
+            refusal = Error("cursor", f"there is no cursor {body.cursor!r}")
+        if refusal is not None:
+            inbox.answer(identity, refusal, request)
+        else:
+            self._spawn(self._move(inbox, identity, request, body))
+
+    async def _move(self, inbox: Inbox, identity: bytes, request: int, body: commands.Commit) -> None:
         try:
             await self._committer.commit_cursors({body.cursor: None if body.forget else Cursor(body.offset)})
         except (NoSpace, ValueError) as error:

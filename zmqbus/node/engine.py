@@ -34,11 +34,13 @@ from zmqbus.node.config import Config
 from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
 from zmqbus.node.peers.peering import Peering
 from zmqbus.node.peers.serving import Counters, Extension, Service
+from zmqbus.node.peers.survey import survey
 from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
+from zmqbus.node.receiving.replays import Replays
 from zmqbus.node.storing.fetching import FETCH_BYTES
 from zmqbus.node.storing.outbox import Outbox
 from zmqbus.node.wiring.broadcast import Broadcast
@@ -81,6 +83,7 @@ class Engine:
         self.origin = secrets.randbits(64) or 1
         self.intakes: dict[int, Intake] = {}
         self.refusal: ZmqbusError | None = NodeClosed(f"node {config.name!r} is not open")
+        self.replays = Replays(self, loop)
         self._loop = loop
         self._in_turns = in_turns
         self._extension = extension
@@ -176,6 +179,7 @@ class Engine:
                 await asyncio.sleep(TICK)
             while self._forwarders and unacked(outlet) and now() < deadline:
                 await asyncio.sleep(TICK)
+            await self.replays.leave(self.refusal, max(0.0, deadline - now()))
             late = await self.peering.registry.leave(max(0.0, deadline - now()))
             undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
             if count := unacked(outlet):
@@ -184,6 +188,7 @@ class Engine:
         finally:  # also if whoever waits for it is cancelled
             for intake in list(self.intakes.values()):
                 intake.close(self.refusal)
+            self.replays.end(self.refusal)
             await self._shut()
             for listener in self._listeners.present:
                 listener.close()
@@ -219,6 +224,7 @@ class Engine:
         self.outlet.refuse(self.refusal)
         for intake in self.intakes.values():
             intake.forked(self.refusal)
+        self.replays.forked(self.refusal)
 
     # --- timers ----------------------------------------------------------------------------------
 
@@ -334,6 +340,7 @@ class Engine:
     def forwarders_changed(self) -> None:
         """A forwarder came or went, or claims other topics."""
         present = [peer for peer in self.peering.peers() if peer.journal]
+        self.replays.forwarders(present)
         self._forwarders = tuple((peer.origin, Matcher(peer.claims).matches) for peer in present)
         for peer in present:
             self.outlet.claimed(peer.journal, peer.claims)
@@ -441,7 +448,7 @@ class Engine:
         trackers = [intake.tracker for intake in self.intakes.values()]
         return {
             "peers": len(self.peering.peers()),
-            "subscriptions": len(self.intakes),
+            "subscriptions": len(self.intakes) + len(self.replays),
             "streams": len(outlet.publishers),
             "messages_published": outlet.messages,
             "frames_sent": outlet.frames,
@@ -462,29 +469,8 @@ class Engine:
 
     async def topics(self, patterns: Sequence[str], timeout: float) -> list[TopicInfo]:
         """The streams of every peer and our own that fit. Peers that do not answer are warned of."""
-        matches = Matcher(patterns or (">",)).matches
-        peers = self.peering.peers()
-        answers = await asyncio.gather(*(self._streams_of(peer, timeout) for peer in peers))
-        own = (self.config.name, self.origin, self.outlet.topics(0, STREAMS_MAX))
-        found = []
-        for name, origin, streams in [own] + [(p.name, p.origin, a) for p, a in zip(peers, answers, strict=True)]:
-            for encoded, seq, size in streams:
-                if matches(topic := encoded.decode(errors="replace")):
-                    found.append(TopicInfo(topic, origin, name, seq, size))
-        return sorted(found, key=lambda info: (info.topic, info.node, info.origin))
-
-    async def _streams_of(self, peer: Peer, timeout: float) -> list[tuple[bytes, int, int]]:
-        streams: list[tuple[bytes, int, int]] = []
-        while len(streams) <= STREAMS_MAX:
-            link = self.peering.links.get(peer.origin)
-            answer = await link.question(commands.Stats(True, len(streams)), timeout) if link else None
-            if answer is None or not isinstance(answer.body, commands.Statistics):
-                self.emit(Warned(f"{peer.name} did not say within {timeout:g} s what it publishes"))
-                break
-            streams += answer.body.topics
-            if not answer.body.more or not answer.body.topics:
-                break
-        return streams
+        own = [(self.config.name, self.origin, self.outlet.topics(0, STREAMS_MAX))]
+        return await survey(self.peering, own, patterns, timeout, self._warn)
 
     # --- events, from any thread -----------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from zmqbus.protocol.members.peers import DuplicateName, PeerJoined, PeerLeft
+from zmqbus.protocol.members.peers import DuplicateName, Peer, PeerJoined, PeerLeft
 from zmqbus.protocol.streams.stream import Gap
 
 EVENTS_MAX = 10_000  # waiting for one listener; a listener that does not listen loses the oldest
@@ -49,7 +49,45 @@ class TopicInfo(msgspec.Struct, frozen=True):
     bytes: int
 
 
-Event = PeerJoined | PeerLeft | DuplicateName | Gap | Warned
+class ForwarderUp(msgspec.Struct, frozen=True):
+    """A forwarder can be reached: what it claims is journaled, and what it has can be read."""
+
+    peer: Peer
+
+
+class ForwarderDown(msgspec.Struct, frozen=True):
+    """A forwarder that was up is no longer there."""
+
+    peer: Peer
+
+
+class CaughtUp(msgspec.Struct, frozen=True):
+    """A subscription to the log has come to the end of a journal: it has been handed all there was below `offset`.
+
+    Told when that is so for the first time, and again whenever it had more than 8 MiB to catch up with.
+    """
+
+    forwarder: str
+    journal: int
+    offset: int
+
+
+class LogGap(msgspec.Struct, frozen=True, gc=False):
+    """Offsets `first` to `last` of a journal are no more, and a subscription to the log came to them: retention was
+    quicker, or a repair declared them lost. Whose messages they were is not known."""
+
+    forwarder: str
+    journal: int
+    first: int
+    last: int
+
+    @property
+    def count(self) -> int:
+        """How many messages, of any topic."""
+        return self.last - self.first + 1
+
+
+Event = PeerJoined | PeerLeft | ForwarderUp | ForwarderDown | DuplicateName | Gap | LogGap | CaughtUp | Warned
 
 
 class Listener(Protocol):

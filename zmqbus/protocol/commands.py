@@ -152,7 +152,8 @@ class Read(Body):
     """Send what the journal has on topics that fit, from somewhere on, and then what comes: `credit` bytes, for now.
 
     From where the named cursor is, if there is one; else from the first batch of `time_ns`, unless that is 0; else from
-    `offset`. Where a cursor is named and unknown, it begins there.
+    `offset`, of which 0 is the oldest message there is. Where a cursor is named and unknown, it begins there. The first
+    LOG has no batches: its `next` says where that is.
     """
 
     id: U64
@@ -175,7 +176,7 @@ class Log(Body):
 
 
 class Credit(Body):
-    """Reading `id` may send so many bytes more."""
+    """Reading `id` may send so many bytes more. Of 0 bytes: say, by a LOG, how far it is and where the end is now."""
 
     id: U64
     bytes: U64

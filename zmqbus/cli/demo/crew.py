@@ -22,7 +22,8 @@ from zmqbus.errors import SetupError, WaitTimeout
 from zmqbus.net.clock import now, sleep
 
 if TYPE_CHECKING:
-    from zmqbus.node.faces.node import Node, Subscription
+    from zmqbus.node.faces.node import Node
+    from zmqbus.node.faces.subscription import Subscription
     from zmqbus.node.publishing.publisher import Publisher
 
 LINE_BYTES_MAX = 16 * 1024

@@ -24,7 +24,7 @@ from zmqbus.net.clock import now
 from zmqbus.protocol.topics import Matcher, check_pattern
 
 if TYPE_CHECKING:
-    from zmqbus.node.faces.node import Subscription
+    from zmqbus.node.faces.subscription import Subscription
     from zmqbus.protocol.streams.stream import Gap
 
 

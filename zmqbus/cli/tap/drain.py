@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 if TYPE_CHECKING:
-    from zmqbus.node.faces.node import Subscription
+    from zmqbus.node.faces.subscription import Subscription
     from zmqbus.protocol.message import Message
 
 MESSAGES_MAX = 100_000  # some 20 MB of small ones

@@ -10,217 +10,25 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from datetime import datetime
 from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from zmqbus.errors import ForkedProcess, NodeClosed, WrongLoop
+from zmqbus.errors import NodeClosed, SetupError, WrongLoop
 from zmqbus.net.clock import now
 from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import AsyncEventStream, TopicInfo, Undelivered
-from zmqbus.node.faces.node import CLOSE_TIMEOUT
+from zmqbus.node.faces.aio_subscription import AsyncLogSubscription, AsyncSubscription
+from zmqbus.node.faces.node import CLOSE_TIMEOUT, NOT_LIVE
 from zmqbus.node.publishing import durability
 from zmqbus.node.publishing.durability import room
 from zmqbus.node.publishing.publisher import SMALL, TICK, Publisher
-from zmqbus.node.receiving.intake import Intake
 from zmqbus.protocol.members.peers import Peer
-from zmqbus.protocol.message import Message
-from zmqbus.protocol.streams.stream import Gap
-
-SHIFT = 0.002  # seconds for which a consumer may take what is there without a turn of the loop
-
-
-class AsyncSubscription:
-    """Messages of the topics that fit, live, with gaps repaired.
-
-        async for message in node.subscribe("logs.>"): ...
-        async with node.subscribe("logs.>") as subscription: ...
-        subscription = await node.subscribe("logs.>")
-
-    In the last two forms, and from the first message on in the first, every known publisher has registered it.
-    """
-
-    def __init__(
-        self, node: AsyncNode, patterns: Sequence[str], value_type: Any, history: int, on_gap: str, observe: bool
-    ) -> None:
-        self._node = node
-        self._asked = (patterns, value_type, history, on_gap, observe)
-        self._opening: asyncio.Task[Intake] | None = None
-        self._intake: Intake | None = None
-        self._closed = False
-        self._bell = _Bell()
-        self._rest_at = 0.0
-
-    async def get(self, timeout: float | None = None) -> Message | None:
-        """The next message; None when none came within `timeout` seconds (0: only what is here), or on `close()`.
-
-        Raises:
-            GapError: messages are lost, and the subscription was made with `on_gap="raise"`.
-            DecodeError: this message does not fit `type`; the next call goes on behind it.
-            NodeClosed: the subscription was closed before this call.
-        """
-        deadline = None if timeout is None else now() + timeout
-        intake = self._intake or await self._open(timeout)
-        if intake is None:
-            return None
-        for message in intake.items:
-            return message
-        if intake.closed is not None:
-            raise intake.closed
-        return await self._take(intake, deadline)
-
-    def __aiter__(self) -> AsyncIterator[Message]:
-        return self
-
-    async def __anext__(self) -> Message:
-        intake = self._intake or await self._open()
-        if intake is None:
-            raise StopAsyncIteration
-        for message in intake.items:
-            return message
-        following = await self._take(intake, None)
-        if following is None:
-            raise StopAsyncIteration
-        return following
-
-    async def _take(self, intake: Intake, deadline: float | None) -> Message | None:
-        """Wait for a message. None: the deadline has passed, or the subscription is closed."""
-        loop = self._node._home()
-        if now() >= self._rest_at:
-            await asyncio.sleep(0)
-            self._rest_at = now() + SHIFT
-        while True:
-            message = intake.take(0)  # on the engine's own thread: no gate in between
-            if message is not None:
-                self._bell.ring()  # there may be more, of which the socket will not tell again
-                return message
-            if intake.closed is not None:
-                if isinstance(intake.closed, ForkedProcess):
-                    raise intake.closed
-                return None
-            if deadline is not None and now() >= deadline:
-                return None
-            due = intake.timer()
-            if deadline is not None and (due is None or deadline < due):
-                due = deadline
-            future: asyncio.Future[None] = loop.create_future()
-            self._bell.waiting.add(future)
-            timer = None if due is None else loop.call_later(max(TICK, due - now()), _finish, future)
-            try:
-                await future
-            finally:
-                self._bell.waiting.discard(future)
-                if timer is not None:
-                    timer.cancel()
-            self._rest_at = now() + SHIFT
-
-    async def _open(self, timeout: float | None = None) -> Intake | None:
-        """Have it registered. None: not within `timeout`, or closed meanwhile. Goes on when its caller is cancelled."""
-        if self._closed:
-            raise NodeClosed("the subscription is closed")
-        if self._opening is None:
-            self._opening = self._node._home().create_task(self._register())
-            self._opening.add_done_callback(lambda task: task.cancelled() or task.exception())  # not to be reported
-        done, _ = await asyncio.wait([self._opening], timeout=timeout)
-        return self._opening.result() if done and not self._closed else None
-
-    async def _register(self) -> Intake:
-        patterns, value_type, history, on_gap, observe = self._asked
-        intake = await self._node._at_home().subscribe(
-            patterns, value_type=value_type, history=history, on_gap=on_gap, observe=observe, wake=self._bell.ring
-        )
-        self._intake = intake
-        if intake.closed is None:
-            self._bell.watch(intake)
-        return intake
-
-    async def _opened(self) -> AsyncSubscription:
-        if await self._open() is None:
-            raise NodeClosed("the subscription was closed while it was opened")
-        return self
-
-    @property
-    def lost(self) -> int:
-        """Messages that are in no history that could be reached; the ranges are in `gaps`."""
-        return self._intake.tracker.lost if self._intake else 0
-
-    @property
-    def repaired(self) -> int:
-        """Messages that the live path missed and that were fetched."""
-        return self._intake.tracker.repaired if self._intake else 0
-
-    @property
-    def gaps(self) -> list[Gap]:
-        """What was lost, exactly; the last 1000 ranges."""
-        return list(self._intake.gaps) if self._intake else []
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """What was subscribed to."""
-        return tuple(self._asked[0])
-
-    async def close(self) -> None:
-        """Stop receiving. Messages that were received but not consumed are dropped. May be called twice."""
-        self._closed = True
-        if self._intake is not None:
-            if self._intake.closed is None:
-                self._node._home()
-                self._node._engine.dispose(self._intake)
-        elif self._opening is not None:
-            self._opening.cancel()
-            await asyncio.wait([self._opening])
-
-    def __del__(self) -> None:
-        if self._intake is not None and self._intake.closed is None:  # `async for …`, left by break
-            self._node._engine.soon(self._node._engine.dispose, self._intake)
-
-    def __await__(self) -> Generator[Any, Any, AsyncSubscription]:
-        return self._opened().__await__()
-
-    async def __aenter__(self) -> AsyncSubscription:
-        return await self._opened()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def __repr__(self) -> str:
-        state = self._intake.state() if self._intake else "not open"
-        return f"<AsyncSubscription {' '.join(self.patterns)} of {self._node.name}: {state}>"
-
-
-class _Bell:
-    """Wakes those who wait for messages. The node holds this, and not the subscription, which so can be collected."""
-
-    def __init__(self) -> None:
-        self.waiting: set[asyncio.Future[None]] = set()
-        self._intake: Intake | None = None
-        self._fd = -1
-
-    def watch(self, intake: Intake) -> None:
-        """Ring when something arrives."""
-        self._intake = intake
-        self._fd = intake.fd
-        asyncio.get_running_loop().add_reader(self._fd, self._readable)
-        intake.before_close = self._unwatch
-
-    def ring(self) -> None:
-        """Have them look."""
-        for future in self.waiting:
-            _finish(future)
-
-    def _readable(self) -> None:
-        self.ring()
-        if self._intake is not None:
-            self._intake.calm()
-
-    def _unwatch(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._fd)
 
 
 class AsyncPublisher:
@@ -397,11 +205,17 @@ class AsyncNode:
         *patterns: str,
         type: Any = None,
         history: int = 0,
+        start: str | int | datetime | None = None,
+        durable: str | None = None,
         on_gap: Literal["skip", "raise"] = "skip",
         observe: bool = False,
     ) -> AsyncSubscription:
         """See `Node.subscribe`; the result can be iterated, entered, or awaited."""
-        return AsyncSubscription(self, patterns, type, history, on_gap, observe)
+        if start is None and durable is None:
+            return AsyncSubscription(self, patterns, type, history, on_gap, observe)
+        if history or observe:
+            raise SetupError(NOT_LIVE)
+        return AsyncLogSubscription(self, patterns, type, start, durable, on_gap)
 
     # --- the bus ---------------------------------------------------------------------------------
 
@@ -439,7 +253,7 @@ class AsyncNode:
         return await self._at_home().topics(patterns, timeout)
 
     def events(self) -> AsyncEventStream:
-        """What happens from now on: PeerJoined, PeerLeft, DuplicateName, Gap, Warned."""
+        """See `Node.events`."""
         stream = AsyncEventStream(self._ready().forget_listener)
         self._engine.add_listener(stream)
         return stream
@@ -495,8 +309,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

@@ -13,141 +13,31 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Coroutine, Iterator, Sequence
-from math import ceil, inf
+from collections.abc import Coroutine, Sequence
+from datetime import datetime
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from zmqbus.errors import ForkedProcess, NodeClosed
-from zmqbus.net.clock import now
+from zmqbus.errors import NodeClosed, SetupError
 from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import EventStream, TopicInfo, Undelivered
+from zmqbus.node.faces.subscription import LogSubscription, Subscription
 from zmqbus.node.publishing.durability import publish_durably, wait_for_room, wait_until_all_durable
 from zmqbus.node.publishing.publisher import SMALL, Publisher
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.protocol.members.peers import Peer
-from zmqbus.protocol.message import Message
-from zmqbus.protocol.streams.stream import Gap
 
 T = TypeVar("T")
 CLOSE_TIMEOUT = 2.0
+NOT_LIVE = (
+    "start= and durable= read the log, which has all there is; history= and observe= are for live messages: "
+    "use the ones or the others"
+)
 _nodes: weakref.WeakSet[Node] = weakref.WeakSet()
-
-
-class Subscription:
-    """Messages of the topics that fit, live, with gaps repaired. An iterator and a context manager.
-
-    Any thread may consume it; several share its messages. One that nobody refers to any more is closed.
-    """
-
-    def __init__(
-        self, node: Node, patterns: Sequence[str], value_type: Any, history: int, on_gap: str, observe: bool
-    ) -> None:
-        self._node = node
-        self._intake: Intake = node._call(
-            node._engine.subscribe(patterns, value_type=value_type, history=history, on_gap=on_gap, observe=observe)
-        )
-
-    def get(self, timeout: float | None = None) -> Message | None:
-        """The next message; None when none came within `timeout` seconds (0: only what is here), or on `close()`.
-
-        Raises:
-            GapError: messages are lost, and the subscription was made with `on_gap="raise"`.
-            DecodeError: this message does not fit `type`; the next call goes on behind it.
-            NodeClosed: the subscription was closed before this call.
-        """
-        for message in self._intake.items:
-            return message
-        if self._intake.closed is not None:
-            raise self._intake.closed
-        return self._take(timeout)
-
-    def __iter__(self) -> Iterator[Message]:
-        intake = self._intake
-        while True:
-            yield from intake.items
-            message = self._take(None)
-            if message is None:
-                return
-            yield message
-
-    def __next__(self) -> Message:
-        message = self.get()
-        if message is None:
-            raise StopIteration
-        return message
-
-    def _take(self, timeout: float | None) -> Message | None:
-        """Wait for a message. None: the time is over, or the subscription is closed.
-
-        The less is done here the better: on its way to sleep this thread may keep the processor from the one that
-        sends what it is going to wait for.
-        """
-        intake = self._intake
-        until = None if timeout is None else now() + timeout
-        patience_ms = -1 if timeout is None else ceil(timeout * 1000)
-        while True:
-            gate = intake.gate
-            if (gate.wanted or not gate.lock.acquire(False)) and not gate.enter(until):
-                return None
-            try:
-                message = intake.take(patience_ms)
-            finally:
-                gate.lock.release()
-            if message is not None:
-                return message
-            if intake.closed is not None:
-                if isinstance(intake.closed, ForkedProcess):
-                    raise intake.closed
-                return None
-            if until is not None:
-                left = until - now()
-                if left <= 0:
-                    return None
-                patience_ms = ceil(left * 1000)
-
-    @property
-    def lost(self) -> int:
-        """Messages that are in no history that could be reached; the ranges are in `gaps`."""
-        return self._intake.tracker.lost
-
-    @property
-    def repaired(self) -> int:
-        """Messages that the live path missed and that were fetched."""
-        return self._intake.tracker.repaired
-
-    @property
-    def gaps(self) -> list[Gap]:
-        """What was lost, exactly; the last 1000 ranges."""
-        return list(self._intake.gaps)
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """What was subscribed to."""
-        return tuple(self._intake.patterns)
-
-    def close(self) -> None:
-        """Stop receiving. Messages that were received but not consumed are dropped. May be called twice."""
-        self._node._unsubscribe(self._intake)
-
-    def __del__(self) -> None:
-        intake = getattr(self, "_intake", None)
-        if intake is not None and intake.closed is None:  # `for message in node.subscribe(…)`, left by break
-            self._node._engine.soon(self._node._engine.dispose, intake)
-
-    def __enter__(self) -> Subscription:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<Subscription {' '.join(self.patterns)} of {self._node.name}: {self._intake.state()}>"
 
 
 class Node:
@@ -283,23 +173,40 @@ class Node:
         *patterns: str,
         type: Any = None,
         history: int = 0,
+        start: str | int | datetime | None = None,
+        durable: str | None = None,
         on_gap: Literal["skip", "raise"] = "skip",
         observe: bool = False,
     ) -> Subscription:
         """Receive every message whose topic fits a pattern: `*` is one token, a final `>` one or more.
 
-        Returns when every known publisher has registered it: what they publish from then on is owed.
+        Live, it returns when every known publisher has registered it: what they publish from then on is owed. With
+        `start` or `durable` the messages come out of the logs of all forwarders on the bus, once they are on disk: it
+        returns when every known forwarder has said where it begins, and with none yet at once, with a Warned event. A
+        forwarder that goes away is waited for; one that comes later is read from when this subscription began.
 
         Args:
             type: decode values into this type (a msgspec.Struct, dataclass, TypedDict, list[int], …).
             history: of each stream also deliver the last so many messages, as far as publishers still hold them.
+            start: begin there in the log: "first", "last" (from now on), "-1h" (or s, m, d: that long ago), an ISO
+                8601 time with its zone, a datetime with a tzinfo, or an offset. Times are those of the publishers'
+                clocks. An offset is one journal's: with several forwarders each is read from its own.
+            durable: a name, 1 to 255 bytes. The forwarders keep a cursor for it: the first time it begins at `start`,
+                or at the end; afterwards where it left off, whatever `start` says. One consumer at a time has it, the
+                last to come.
             on_gap: when messages cannot be repaired, "skip" them (see `lost`, `gaps`, `events()`) or "raise" GapError.
             observe: only look on: publishers neither count this subscription nor wait for it.
 
         Raises:
             TopicError: a pattern breaks the grammar.
+            SetupError: `start` or `durable` is not understood, or together with what only live messages have.
+            LogUnavailable: a forwarder cannot read from there.
         """
-        return Subscription(self, patterns, type, history, on_gap, observe)
+        if start is None and durable is None:
+            return Subscription(self, patterns, type, history, on_gap, observe)
+        if history or observe:
+            raise SetupError(NOT_LIVE)
+        return LogSubscription(self, patterns, type, start, durable, on_gap)
 
     def _unsubscribe(self, intake: Intake) -> None:
         if intake.closed is None and not self._closed:
@@ -358,7 +265,8 @@ class Node:
         return self._call(self._engine.topics(patterns, timeout))
 
     def events(self) -> EventStream:
-        """What happens from now on: PeerJoined, PeerLeft, DuplicateName, Gap, Warned."""
+        """What happens from now on: PeerJoined, PeerLeft, ForwarderUp, ForwarderDown, DuplicateName, Gap, LogGap,
+        CaughtUp, Warned."""
         if self._engine.refusal is not None:
             raise self._engine.refusal
         stream = EventStream(self._engine.forget_listener)

@@ -304,6 +304,8 @@ class Peering:
         self._perform(outputs)
         if link.origin is not None:
             self.registry.introduced(link)
+            if body.journal:
+                self._host.forwarders_changed()  # what is read there may have to be asked for again
         self._hints(body)
 
     def _greeted(self, identity: bytes, command: Command, body: Hello) -> None:

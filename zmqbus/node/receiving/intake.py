@@ -19,10 +19,11 @@ from typing import Any, Protocol
 
 import msgspec
 
-from zmqbus.errors import DecodeError, GapError, NodeClosed, RemoteProtocolError
+from zmqbus.errors import GapError, NodeClosed, RemoteProtocolError
 from zmqbus.net.clock import now
 from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVMORE, RCVTIMEO, Again
 from zmqbus.net.waker import WAKE_PREFIX
+from zmqbus.node.receiving.decoding import Unpacker
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.protocol.frames import (
     ASKS,
@@ -33,7 +34,6 @@ from zmqbus.protocol.frames import (
     HEADER_BYTES,
     ORDER,
     Batch,
-    ValueDecoder,
     parse_header,
 )
 from zmqbus.protocol.message import Message
@@ -97,7 +97,7 @@ class Intake:
         self.before_close: Callable[[], None] = lambda: None  # on the engine's thread, while the socket is still there
         self._driver = driver
         self._inbox: deque[Callable[[], None]] = deque()
-        self._decoder = ValueDecoder(value_type)
+        self._decoder = Unpacker(value_type)
         self._raise_gaps = raise_gaps
         self._leaving: set[int] = set()
         self._afterwards: list[Callable[[], object]] = []  # when the socket is empty, and stays so
@@ -359,31 +359,13 @@ class Intake:
 
     def _decode_batch(self, topic: str, batch: Batch, skip: int) -> Message | None:
         try:
-            try:
-                values, headers = self._decoder.decode(batch)
-            except msgspec.ValidationError:
-                values, headers = self._decoder.decode_each(batch)
-                self.messages += batch.count - skip
-                self.items = _Checked(topic, batch, values, headers, skip)
-                return next(self.items)
+            self.items = self._decoder.unpack(topic, batch, skip)[0]
         except RemoteProtocolError as error:
             self._driver.garbage(error)
             self.tracker.lost += batch.count - skip
             self._lost(Gap(topic, batch.origin, batch.first + skip, batch.end - 1))
             return None
-        if skip:
-            values = values[skip:]
-            headers = headers and headers[skip:]
-        self.messages += len(values)
-        self.items = map(
-            Message,
-            repeat(topic),
-            values,
-            count(batch.first + skip),
-            repeat(batch.origin),
-            repeat(batch.time_ns / 1e9),
-            repeat(None) if headers is None else headers,
-        )
+        self.messages += batch.count - skip
         return next(self.items)
 
     def _external(self) -> bytes:
@@ -397,32 +379,3 @@ class Intake:
         """What follows a frame that is not understood is somebody's value, and not to be taken for a frame."""
         while self.socket.get(RCVMORE):
             self.socket.recv(NOBLOCK)
-
-
-class _Checked:
-    """Messages of a batch in which some values do not fit the type: those raise, in their place."""
-
-    def __init__(
-        self,
-        topic: str,
-        batch: Batch,
-        values: list[Any],
-        headers: list[dict[str, Any] | None] | None,
-        skip: int,
-    ) -> None:
-        self._topic, self._batch, self._values, self._headers = topic, batch, values, headers
-        self._place = skip
-
-    def __iter__(self) -> Iterator[Message]:
-        return self
-
-    def __next__(self) -> Message:
-        place, batch = self._place, self._batch
-        if place >= len(self._values):
-            raise StopIteration
-        self._place += 1
-        value = self._values[place]
-        if isinstance(value, msgspec.ValidationError):
-            raise DecodeError(self._topic, batch.origin, batch.first + place, str(value))
-        headers = self._headers[place] if self._headers is not None else None
-        return Message(self._topic, value, batch.first + place, batch.origin, batch.time_ns / 1e9, headers)

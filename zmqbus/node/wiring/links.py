@@ -32,7 +32,8 @@ MECHANISM_MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: o
 PASS_KEY = "pass it one: key= or --key-file"
 
 Answer = Callable[[Command | None], None]
-"""Called once, with the answer, or with None when there is none in time."""
+"""Called once, with the answer, or with None when there is none in time. What is followed: each time, and with None
+when the link is closed."""
 
 
 class Link:
@@ -63,6 +64,7 @@ class Link:
         self._on_command = on_command
         self._on_garbage = on_garbage
         self._pending: dict[int, tuple[Answer, asyncio.TimerHandle]] = {}
+        self._followed: dict[int, Answer] = {}
         self._requests = 0
         self._hello: Callable[[Link], bool] | None = hello
         self._on_refused = on_refused
@@ -97,6 +99,24 @@ class Link:
         self._pending[number] = (on_answer, self._loop.call_later(timeout, self._answered, number, None))
         return True
 
+    def follow(self, body: Body, on_answer: Answer) -> int:
+        """Ask for what is answered again and again. Returns the request, for `say` and `unfollow`; 0: the peer cannot
+        be reached now, and nothing is called."""
+        self._requests += 1
+        number = self._requests
+        if not self._send(encode_command(body, number)):
+            return 0
+        self._followed[number] = on_answer
+        return number
+
+    def say(self, body: Body, number: int) -> bool:
+        """Say something about what is followed, so that objections come to it. False: the peer cannot be reached."""
+        return self._send(encode_command(body, number))
+
+    def unfollow(self, number: int) -> None:
+        """What still comes as an answer to it is ignored."""
+        self._followed.pop(number, None)
+
     async def question(self, body: Body, timeout: float) -> Command | None:
         """Ask and wait for the answer; None when there is none within `timeout` seconds."""
         future: asyncio.Future[Command | None] = self._loop.create_future()
@@ -115,6 +135,9 @@ class Link:
         self._close_socket(linger_ms)
         for number in list(self._pending):
             self._answered(number, None)
+        followed, self._followed = self._followed, {}
+        for on_answer in followed.values():
+            on_answer(None)
 
     def _close_socket(self, linger_ms: int) -> None:
         if self._monitor is None:
@@ -135,6 +158,9 @@ class Link:
         return True
 
     def _answered(self, number: int, command: Command | None) -> bool:
+        if (on_answer := self._followed.get(number)) is not None:
+            on_answer(command)
+            return True
         entry = self._pending.pop(number, None)
         if entry is None:
             return False
