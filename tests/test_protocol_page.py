@@ -40,6 +40,7 @@ from zmqbus.protocol.topics import encode_topic, subscription_prefix
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "protocol.md").read_text()
 ORIGIN = 0x1122334455667788
+JOURNAL = 0x0A0B0C0D0E0F1011
 TIME = 1_700_000_000_000_000_000
 
 
@@ -161,10 +162,22 @@ COMMANDS: dict[str, tuple[Body, int]] = {
     "heads": (commands.Heads(1, [(b"logs.web1", 6), (b"logs.web2", 1)], True), 2),
     "fetch": (commands.Fetch(b"logs.web1", ORIGIN, 3, 5, 65536), 3),
     "batches": (commands.Batches(b"logs.web1", ORIGIN, 3, 5), 3),
+    "ack": (commands.Ack(JOURNAL, ORIGIN, [(b"logs.web1", 6), (b"logs.web2", 1)]), 0),
+    "read": (commands.Read(1, ["logs.>"], 4 * 1024 * 1024, "indexer", offset=0), 7),
+    "log": (commands.Log(1, JOURNAL, 42, 50, [(40, 46, 0), (41, 34, 3)], [(37, 39)]), 7),
+    "credit": (commands.Credit(1, 1024 * 1024), 8),
+    "commit": (commands.Commit("indexer", 42, 1), 9),
+    "unread": (commands.Unread(1), 0),
+    "offer": (commands.Offer(0x99AABBCCDDEEFF00, [(b"logs.web1", 6)]), 0),
     "stats": (commands.Stats(True, 1000), 4),
-    "statistics": (commands.Statistics({"peers": 2, "load": 0.5}, [(b"a", 9, 300)], True), 4),
+    "statistics": (
+        commands.Statistics({"peers": 2, "load": 0.5}, [(b"a", 9, 300)], True, [("indexer", 42, True)]),
+        4,
+    ),
     "error": (commands.Error("origin", "not kept here"), 3),
 }
+LOGGED = [FRAMES["data"][0], FRAMES["data-external-raw"][0]]
+CARRIED = {"batches": FRAMES["data"][0], "log": [b"".join(part for parts in LOGGED for part in parts)]}
 
 
 def test_every_command_has_a_vector_and_every_vector_is_one_of_ours() -> None:
@@ -175,9 +188,20 @@ def test_every_command_has_a_vector_and_every_vector_is_one_of_ours() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_on_the_page_are_what_is_sent(name: str) -> None:
     body, request = COMMANDS[name]
-    carried = FRAMES["data"][0] if name == "batches" else []
+    carried = CARRIED.get(name, [])
     assert VECTORS[name] == encode_command(body, request, carried)
     assert decode_command(VECTORS[name]) == (request, body, carried)
+
+
+def test_the_log_on_the_page_is_cut_where_it_says() -> None:
+    body, _ = COMMANDS["log"]
+    assert isinstance(body, commands.Log)
+    (rest,) = CARRIED["log"]
+    for (_, size, external), parts in zip(body.batches, LOGGED, strict=True):
+        cut = [rest[:size], rest[size : size + external]]
+        assert cut[: len(parts)] == parts
+        rest = rest[size + external :]
+    assert not rest
 
 
 def described(kind: Any) -> str:
@@ -248,7 +272,7 @@ def test_the_envelope() -> None:
 
 def test_every_error_code() -> None:
     sent = set()
-    for file in (ROOT / "zmqbus" / "node").rglob("*.py"):
+    for file in (*(ROOT / "zmqbus" / "node").rglob("*.py"), *(ROOT / "zmqbus" / "forwarder").rglob("*.py")):
         sent |= set(re.findall(r"\bError\(\s*\"([a-z_]+)\"", file.read_text()))
     listed = [row[0].strip("`") for row in rows(section("ERROR — 255"), "code")]
     assert sorted(listed) == sorted(sent)
@@ -261,9 +285,12 @@ MODULES = {
     **dict.fromkeys(("history", "ring", "tracking"), "protocol.streams"),
     **dict.fromkeys(("membership", "peers"), "protocol.members"),
     "engine": "node",
-    **dict.fromkeys(("publisher", "outlet"), "node.publishing"),
-    **dict.fromkeys(("peering", "registry"), "node.peers"),
+    **dict.fromkeys(("publisher", "outlet", "durability"), "node.publishing"),
+    **dict.fromkeys(("committer", "fetching", "outbox"), "node.storing"),
+    **dict.fromkeys(("peering", "registry", "serving"), "node.peers"),
     **dict.fromkeys(("discovery", "sockets", "keys"), "net"),
+    **dict.fromkeys(("journal", "positions"), "journal"),
+    **dict.fromkeys(("inflow", "readings"), "forwarder"),
 }
 NUMBERS = {row[2].strip("`"): row[0] for row in rows(section("Numbers"), "number")}
 
@@ -281,7 +308,7 @@ def test_every_number(name: str) -> None:
 @pytest.mark.parametrize("module", [frames, commands])
 def test_no_constant_of_the_wire_is_missing(module: Any) -> None:
     short = module.__name__.rpartition(".")[2]
-    shown_as_kind_or_flag = {"DATA", "HEAD", "HEARTBEAT", "BALLAST", "HEADERS", "EXTERNAL", "RAW"}
+    shown_as_kind_or_flag = {"DATA", "HEAD", "HEARTBEAT", "BALLAST", "HEADERS", "EXTERNAL", "RAW", "ASKS"}
     for name, value in vars(module).items():
         if name.isupper() and not name.startswith("_") and isinstance(value, int) and name not in shown_as_kind_or_flag:
             assert f"{short}.{name}" in NUMBERS or f"frames.{name}" in NUMBERS, name

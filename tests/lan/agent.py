@@ -147,9 +147,9 @@ class Agent:
         """All events since it was opened."""
         return list(self._events[node])
 
-    def subscribe(self, node: str, ear: str, patterns: list[str], history: int = 0) -> None:
+    def subscribe(self, node: str, ear: str, patterns: list[str], **options: Any) -> None:
         """Subscribe, and consume from now on."""
-        self._ears[ear] = Ear(self._nodes[node].subscribe(*patterns, history=history))
+        self._ears[ear] = Ear(self._nodes[node].subscribe(*patterns, **options))
 
     def report(self, ear: str) -> dict[str, Any]:
         """What a subscription has received and lost."""

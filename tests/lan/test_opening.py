@@ -20,7 +20,8 @@ from zmqbus.net import zap
 from zmqbus.node import engine, events
 from zmqbus.node.peers import hearing, registry
 from zmqbus.node.wiring.links import Link
-from zmqbus.protocol import commands, tracking
+from zmqbus.protocol import commands
+from zmqbus.protocol.streams import tracking
 
 # --- the self-test: a node that lets strangers in does not open ----------------------------------
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import zmqbus
-from tests.node.forwarders import Hosted
+from tests.forwarder.forwarders import Running, running
 
 
 @pytest.fixture
@@ -56,6 +56,20 @@ def eventually(condition: Callable[[], bool], timeout: float = 20.0) -> None:
 # --- the log ---------------------------------------------------------------------------------------
 
 
+def on_loop(forwarder: Running, work: Callable[[], Any]) -> Any:
+    """Have it done where the forwarder does its own work."""
+
+    async def done() -> Any:
+        return work()
+
+    return forwarder.call(done())
+
+
+def cursors(forwarder: Running) -> dict[str, int]:
+    """Name and offset of each, as on disk."""
+    return {name: offset for name, offset, _ in on_loop(forwarder, forwarder.forwarder.cursors)}
+
+
 def known_to(*nodes: zmqbus.Node, forwarders: int = 1) -> None:
     """Wait until each of them knows so many forwarders."""
     for node in nodes:
@@ -97,8 +111,8 @@ def writer(bus: str) -> Iterator[zmqbus.Node]:
 
 
 @pytest.fixture
-def forwarder(bus: str, tmp_path: Path, writer: zmqbus.Node, reader: zmqbus.Node) -> Iterator[Hosted]:
+def forwarder(bus: str, tmp_path: Path, writer: zmqbus.Node, reader: zmqbus.Node) -> Iterator[Running]:
     """One that both know."""
-    with Hosted(tmp_path / "journal", bus=bus, name="store") as hosted:
+    with running(tmp_path / "journal", bus=bus, name="store") as store:
         known_to(writer, reader)
-        yield hosted
+        yield store

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 import zmqbus
-from tests.node.conftest import drain, eventually, known_to, publish, values, wait_for
-from tests.node.forwarders import Hosted
+from tests.forwarder.forwarders import Running, running
+from tests.node.conftest import cursors, drain, eventually, known_to, publish, values, wait_for
 
 # --- where it begins -----------------------------------------------------------------------------
 
 
 def test_from_the_first_message_and_then_what_comes(
-    forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node
+    forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node
 ) -> None:
     publish(writer, "a.x", range(5000))
     publish(writer, "b", range(10))
@@ -38,13 +38,13 @@ def test_from_the_first_message_and_then_what_comes(
     assert subscription.patterns == ("a.>",)
 
 
-def test_from_an_offset_within_a_batch(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
+def test_from_an_offset_within_a_batch(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
     publish(writer, "a", range(3000))
     assert values(reader.subscribe("a", start=1234), 3) == [1234, 1235, 1236]
     assert reader.subscribe("a", start=3000).get(0.2) is None
 
 
-def test_from_a_time(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
+def test_from_a_time(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
     publish(writer, "a", ["before"])
     middle = datetime.now(UTC)
     publish(writer, "a", ["after"])
@@ -53,14 +53,14 @@ def test_from_a_time(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node
     assert values(reader.subscribe("a", start="-1h"), 2) == ["before", "after"]
 
 
-def test_from_now_on(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
+def test_from_now_on(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
     publish(writer, "a", ["before"])
     plain, durable = reader.subscribe("a", start="last"), reader.subscribe("a", durable="name")
     publish(writer, "a", ["after"])
     assert values(plain, 1) == values(durable, 1) == ["after"]
 
 
-def test_what_cannot_be_asked(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
+def test_what_cannot_be_asked(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
     for more in ({"history": 1}, {"observe": True}):
         for log in ({"start": "first"}, {"durable": "name"}):
             with pytest.raises(zmqbus.SetupError, match="history= and observe= are for live messages"):
@@ -96,33 +96,33 @@ def test_with_no_forwarder_yet_it_waits_for_one(
     assert "nothing to read yet for a b as 'name'" in wait_for(events, zmqbus.Warned)[0].reason
     assert subscription.get(0.05) is None
     assert subscription.lag is None
-    with Hosted(tmp_path / "journal", bus=bus, name="store") as hosted:
+    with running(tmp_path / "journal", bus=bus, name="store") as hosted:
         wait_for(events, zmqbus.ForwarderUp)
         publish(writer, "a", range(10))  # perhaps before it is read: it was published after `subscribe`, and is owed
         assert values(subscription, 10) == list(range(10))
         subscription.commit(10)
-        assert hosted.cursors() == {"name": 10}
+        assert cursors(hosted) == {"name": 10}
     assert wait_for(events, zmqbus.ForwarderDown)[0].peer.name == "store"
 
 
 # --- durable names, and what is committed ----------------------------------------------------------
 
 
-def test_it_goes_on_where_it_left_off(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
+def test_it_goes_on_where_it_left_off(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
     publish(writer, "a", range(2000))
     with reader.subscribe("a", durable="name", start="first") as subscription:
         assert values(subscription, 777) == list(range(777))
-    assert forwarder.cursors() == {"name": 777}
+    assert cursors(forwarder) == {"name": 777}
     with reader.subscribe("a", durable="name", start="first") as subscription:  # `start` is for the first time only
         assert values(subscription, 1) == [777]
     subscription.close()  # twice
-    assert forwarder.cursors() == {"name": 778}
+    assert cursors(forwarder) == {"name": 778}
     with pytest.raises(zmqbus.NodeClosed):
         subscription.get(0)
 
 
 def test_after_an_exception_the_last_message_comes_again(
-    forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node
+    forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node
 ) -> None:
     publish(writer, "a", range(2000))
 
@@ -134,13 +134,13 @@ def test_after_an_exception_the_last_message_comes_again(
 
     with pytest.raises(RuntimeError):
         consume()
-    assert forwarder.cursors() == {"name": 500}
+    assert cursors(forwarder) == {"name": 500}
     assert values(reader.subscribe("a", durable="name"), 1) == [500]
 
 
 @pytest.mark.parametrize("last", [0, 1, 300, 1999])
 def test_left_by_break_and_collected_it_commits_all_but_the_last(
-    forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node, last: int
+    forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node, last: int
 ) -> None:
     publish(writer, "a", range(2000))
     for message in reader.subscribe("a", durable="name", start="first"):
@@ -148,38 +148,38 @@ def test_left_by_break_and_collected_it_commits_all_but_the_last(
             break
     gc.collect()
     eventually(lambda: reader.statistics()["subscriptions"] == 0)
-    assert forwarder.cursors() == {"name": last}
+    assert cursors(forwarder) == {"name": last}
 
 
 def test_commit_is_exact_and_takes_the_last_message_as_dealt_with(
-    forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node
+    forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node
 ) -> None:
     publish(writer, "a", range(1000))
     subscription = reader.subscribe("a", durable="name", start="first")
     for count in (0, 1, 2, 500, 1000):
-        drain(subscription, count - forwarder.cursors()["name"])
+        drain(subscription, count - cursors(forwarder)["name"])
         subscription.commit(10)
-        assert forwarder.cursors() == {"name": count}
+        assert cursors(forwarder) == {"name": count}
     assert subscription.lag == 0
 
 
-def test_it_commits_by_itself_while_it_consumes(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
+def test_it_commits_by_itself_while_it_consumes(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
     publish(writer, "a", range(300))
     subscription = reader.subscribe("a", durable="name", start="first")
     drain(subscription, 200)
-    eventually(lambda: forwarder.cursors() == {"name": 199}, 5)  # the last has not been dealt with
+    eventually(lambda: cursors(forwarder) == {"name": 199}, 5)  # the last has not been dealt with
     assert subscription.get() is not None
-    eventually(lambda: forwarder.cursors() == {"name": 200}, 5)
+    eventually(lambda: cursors(forwarder) == {"name": 200}, 5)
 
 
-def test_what_is_passed_over_is_committed_too(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
+def test_what_is_passed_over_is_committed_too(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
     subscription = reader.subscribe("wanted", durable="name", start="first")
     publish(writer, "other", range(500))
     assert subscription.get(0.1) is None
-    eventually(lambda: subscription.get(0.05) is None and forwarder.cursors() == {"name": 500}, 10)
+    eventually(lambda: subscription.get(0.05) is None and cursors(forwarder) == {"name": 500}, 10)
 
 
-def test_closing_the_node_ends_the_iteration_and_commits(bus: str, forwarder: Hosted, writer: zmqbus.Node) -> None:
+def test_closing_the_node_ends_the_iteration_and_commits(bus: str, forwarder: Running, writer: zmqbus.Node) -> None:
     publish(writer, "a", range(10))
     node = zmqbus.Node("other", bus=bus)
     known_to(node)
@@ -195,7 +195,7 @@ def test_closing_the_node_ends_the_iteration_and_commits(bus: str, forwarder: Ho
     node.close()
     thread.join(10)
     assert not thread.is_alive()
-    assert forwarder.cursors() == {"name": 10}  # the thread had asked for the next
+    assert cursors(forwarder) == {"name": 10}  # the thread had asked for the next
     with pytest.raises(zmqbus.NodeClosed):
         subscription.get(0)
     with pytest.raises(zmqbus.NodeClosed):
@@ -214,7 +214,7 @@ with zmqbus.Node("consumer", bus=bus) as node, open(out, "ab", buffering=0) as n
 
 
 def test_a_consumer_that_is_killed_loses_nothing(
-    bus: str, tmp_path: Path, forwarder: Hosted, writer: zmqbus.Node
+    bus: str, tmp_path: Path, forwarder: Running, writer: zmqbus.Node
 ) -> None:
     """At least once: what was not committed comes again, and only that."""
     notes = tmp_path / "notes"
@@ -228,16 +228,16 @@ def test_a_consumer_that_is_killed_loses_nothing(
         process = subprocess.Popen([sys.executable, "-c", CONSUMER, bus, "name", str(notes)])
         try:
             if life < kills:
-                committed = forwarder.cursors().get("name", 0)
+                committed = cursors(forwarder).get("name", 0)
                 eventually(lambda b=before: len(notes.read_text().split()) > b + 100)
                 if life == 1:  # once after a commit
-                    eventually(lambda c=committed: forwarder.cursors()["name"] > c)
+                    eventually(lambda c=committed: cursors(forwarder)["name"] > c)
             else:
                 eventually(lambda: notes.read_text().endswith(f"{count - 1}\n"))
         finally:
             process.kill()
             process.wait(30)
-        cursor = forwarder.cursors()["name"]
+        cursor = cursors(forwarder)["name"]
         seen = [int(line) for line in notes.read_text().split()]
         assert set(range(cursor)) <= set(seen), "committed, and never handed out"
     for start, end in zip(starts, [*starts[1:], len(seen)], strict=True):
@@ -246,7 +246,7 @@ def test_a_consumer_that_is_killed_loses_nothing(
     assert set(seen) == set(range(count))
 
 
-def test_a_second_consumer_takes_over(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
+def test_a_second_consumer_takes_over(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
     publish(writer, "a", range(2000))
     first = writer.subscribe("a", durable="name", start="first")
     assert values(first, 50) == list(range(50))
@@ -263,7 +263,7 @@ def test_a_second_consumer_takes_over(forwarder: Hosted, writer: zmqbus.Node, re
         first.commit(10)
     first.close()
     second.commit(10)
-    assert forwarder.cursors() == {"name": 150}
+    assert cursors(forwarder) == {"name": 150}
     drain(second, 1850)
     told: list[zmqbus.SubscriptionTaken] = []
 
@@ -282,7 +282,7 @@ def test_a_second_consumer_takes_over(forwarder: Hosted, writer: zmqbus.Node, re
 
 
 def test_threads_that_share_one_hold_back_what_they_are_at_work_on(
-    forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node
+    forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node
 ) -> None:
     publish(writer, "a", range(3000))
     subscription = reader.subscribe("a", durable="name", start="first")
@@ -307,9 +307,9 @@ def test_threads_that_share_one_hold_back_what_they_are_at_work_on(
         thread.start()
     eventually(lambda: sum(map(len, rest)) == 2999)
     subscription.commit(10)
-    assert forwarder.cursors() == {"name": by_slow[0]} == {"name": 0}
+    assert cursors(forwarder) == {"name": by_slow[0]} == {"name": 0}
     resume.set()
-    eventually(lambda: forwarder.cursors() == {"name": 3000}, 10)  # all have asked for the next
+    eventually(lambda: cursors(forwarder) == {"name": 3000}, 10)  # all have asked for the next
     subscription.close()
     for thread in threads:
         thread.join(10)
@@ -317,7 +317,7 @@ def test_threads_that_share_one_hold_back_what_they_are_at_work_on(
 
 
 def test_who_only_looked_first_hands_on_what_was_decoded(
-    forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node
+    forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node
 ) -> None:
     publish(writer, "a", range(1000))
     subscription = reader.subscribe("a", durable="name", start="first")
@@ -328,6 +328,6 @@ def test_who_only_looked_first_hands_on_what_was_decoded(
     eventually(lambda: len(seen) == 999)
     assert seen == list(range(1, 1000))
     subscription.commit(10)  # by this thread: its message is dealt with
-    assert forwarder.cursors() == {"name": 1000}
+    assert cursors(forwarder) == {"name": 1000}
     subscription.close()
     thread.join(10)

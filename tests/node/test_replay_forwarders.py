@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 
 import zmqbus
-from tests.node.conftest import drain, eventually, known_to, publish, values, wait_for
-from tests.node.forwarders import Hosted, Spawned
+from tests.forwarder.forwarders import ForwarderProcess, Running, running
+from tests.node.conftest import cursors, drain, eventually, known_to, on_loop, publish, values, wait_for
+from zmqbus.journal import Journal
 from zmqbus.protocol.streams.reading import WINDOW_BYTES
 
 # --- forwarders come and go -------------------------------------------------------------------------
@@ -27,7 +29,7 @@ def test_a_forwarder_is_killed_and_comes_back(
 ) -> None:
     """Within one subscription nothing comes twice and nothing is missing, with a cursor or without one."""
     events = reader.events()
-    with Spawned(tmp_path / "journal", bus=bus, name="store") as store:
+    with ForwarderProcess(tmp_path / "journal", bus=bus, name="store") as store:
         known_to(writer, reader)
         plain = reader.subscribe("a", start="first")
         durable = reader.subscribe("a", durable="name", start="first")
@@ -61,7 +63,7 @@ def test_a_forwarder_is_killed_and_comes_back(
 def test_a_commit_waits_for_a_forwarder_that_is_away(
     bus: str, tmp_path: Path, writer: zmqbus.Node, reader: zmqbus.Node
 ) -> None:
-    with Spawned(tmp_path / "journal", bus=bus, name="store") as store:
+    with ForwarderProcess(tmp_path / "journal", bus=bus, name="store") as store:
         known_to(writer, reader)
         publish(writer, "a", range(100))
         subscription = reader.subscribe("a", durable="name", start="first")
@@ -77,7 +79,7 @@ def test_a_commit_waits_for_a_forwarder_that_is_away(
 
 @pytest.mark.parametrize("forgets", ["reading", "node"])
 def test_a_reading_that_the_forwarder_knows_no_more_is_asked_for_again(
-    forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node, forgets: str
+    forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node, forgets: str
 ) -> None:
     """As after a broken connection, of which nobody tells."""
     publish(writer, "a", range(10))
@@ -85,29 +87,29 @@ def test_a_reading_that_the_forwarder_knows_no_more_is_asked_for_again(
     assert values(subscription, 10) == list(range(10))
     store = forwarder.forwarder
     if forgets == "reading":
-        forwarder.call(lambda: [store._readings._end(one) for one in list(store._readings._readings.values())])
+        on_loop(forwarder, lambda: [store._readings._end(one) for one in list(store._readings._readings.values())])
     else:
-        forwarder.call(store._engine.peering._guests.clear)
-        forwarder.call(lambda: [store._readings._end(one) for one in list(store._readings._readings.values())])
+        on_loop(forwarder, store._engine.peering._guests.clear)
+        on_loop(forwarder, lambda: [store._readings._end(one) for one in list(store._readings._readings.values())])
     publish(writer, "a", range(10, 20))
     assert values(subscription, 10) == list(range(10, 20))
     subscription.commit(10)
-    assert forwarder.cursors() == {"name": 20}
+    assert cursors(forwarder) == {"name": 20}
 
 
 @pytest.fixture
-def two(bus: str, tmp_path: Path, writer: zmqbus.Node, reader: zmqbus.Node) -> Iterator[tuple[Hosted, Hosted]]:
+def two(bus: str, tmp_path: Path, writer: zmqbus.Node, reader: zmqbus.Node) -> Iterator[tuple[Running, Running]]:
     """Both claim b.>."""
     with (
-        Hosted(tmp_path / "one", bus=bus, name="one", topics=["a.>", "b.>"]) as one,
-        Hosted(tmp_path / "two", bus=bus, name="two", topics=["b.>", "c.>"]) as other,
+        running(tmp_path / "one", bus=bus, name="one", topics=["a.>", "b.>"]) as one,
+        running(tmp_path / "two", bus=bus, name="two", topics=["b.>", "c.>"]) as other,
     ):
         known_to(writer, reader, forwarders=2)
         yield one, other
 
 
 def test_two_forwarders_with_overlapping_claims(
-    bus: str, two: tuple[Hosted, Hosted], writer: zmqbus.Node, reader: zmqbus.Node
+    bus: str, two: tuple[Running, Running], writer: zmqbus.Node, reader: zmqbus.Node
 ) -> None:
     for round_ in range(2):
         for topic in ("a.x", "b.x", "c.x"):
@@ -124,23 +126,23 @@ def test_two_forwarders_with_overlapping_claims(
     assert values(subscription, 1) == ["once"]
     assert subscription.get(1) is None
     subscription.commit(10)
-    assert [hosted.cursors() for hosted in two] == [{"name": 4001}, {"name": 4001}]
+    assert [cursors(hosted) for hosted in two] == [{"name": 4001}, {"name": 4001}]
 
 
 def test_a_forwarder_that_has_only_the_end_takes_nothing_away(bus: str, tmp_path: Path, reader: zmqbus.Node) -> None:
     """The one that came later may be read first: what comes late from the other comes all the same."""
     with (
         zmqbus.Node("writer", bus=bus, history_bytes=0) as writer,
-        Hosted(tmp_path / "one", bus=bus, name="one") as one,
+        running(tmp_path / "one", bus=bus, name="one") as one,
     ):
         known_to(writer, reader)
         publish(writer, "a", range(3000))
-        with Hosted(tmp_path / "two", bus=bus, name="two") as two:
+        with running(tmp_path / "two", bus=bus, name="two") as two:
             known_to(writer, reader, forwarders=2)
             writer.wait_for_subscribers("a", 2, 10)
             publish(writer, "a", range(3000, 4000))
-            eventually(lambda: two.store.durable_offset >= 1000)
-            eventually(lambda: one.store.durable_offset == 4000)
+            eventually(lambda: two.forwarder._store.durable_offset >= 1000)
+            eventually(lambda: one.forwarder._store.durable_offset == 4000)
             subscription = reader.subscribe("a", start="first")
             assert sorted(values(subscription, 4000)) == list(range(4000))
             assert subscription.get(0.5) is None
@@ -150,29 +152,30 @@ def test_a_forwarder_that_has_only_the_end_takes_nothing_away(bus: str, tmp_path
 # --- losses ---------------------------------------------------------------------------------------------
 
 
-def segments(hosted: Hosted) -> list[Path]:
-    return sorted(Path(hosted.forwarder.path).glob("*.zbj"))
+def segments(store: Running) -> list[Path]:
+    return sorted(store.path.glob("*.zbj"))
 
 
-def drop_oldest(hosted: Hosted, bytes_max: int) -> int:
+def drop_oldest(store: Running, bytes_max: int) -> int:
     """Retention comes by. Returns the first offset that is left."""
 
     def drop() -> int:
-        journal = hosted.store
+        journal = store.forwarder._store
         journal._retention = journal._retention._replace(bytes_max=bytes_max, drop_oldest=True)
         journal.delete(journal.retire(time.time_ns()))
         journal._retention = journal._retention._replace(bytes_max=None)
         return int(journal.first_offset)
 
-    return int(hosted.call(drop))
+    return int(on_loop(store, drop))
 
 
 @pytest.mark.parametrize("on_gap", ["skip", "raise"])
 def test_retention_that_is_quicker_is_reported(
-    bus: str, tmp_path: Path, writer: zmqbus.Node, reader: zmqbus.Node, on_gap: Any
+    bus: str, tmp_path: Path, writer: zmqbus.Node, reader: zmqbus.Node, on_gap: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = reader.events()
-    with Hosted(tmp_path / "journal", bus=bus, name="store", segment_bytes=1 << 20) as store:
+    monkeypatch.setattr(Journal, "open", partial(Journal.open, segment_bytes=1 << 20))
+    with running(tmp_path / "journal", bus=bus, name="store") as store:
         known_to(writer, reader)
         blob = b"x" * 1000
         for _ in range(30):
@@ -206,11 +209,11 @@ def test_retention_that_is_quicker_is_reported(
         fresh = reader.subscribe("a", start="first", durable="name")
         assert drain(fresh, 1)[0].offset == left
         assert fresh.lost == 0
-        assert store.cursors() == {"name": left}
+        assert cursors(store) == {"name": left}
 
 
 def test_a_damaged_journal_is_an_error_and_nothing_is_skipped(
-    forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node
+    forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node
 ) -> None:
     publish(writer, "a", ["good"])
     publish(writer, "a", ["MARK" * 10])
@@ -234,7 +237,7 @@ def test_a_damaged_journal_is_an_error_and_nothing_is_skipped(
 
 
 def test_values_that_do_not_fit_raise_in_their_place(
-    forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node
+    forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node
 ) -> None:
     for batch in range(3):
         publish(writer, "a", [100 * batch + n if n != 7 else "seven" for n in range(10)])
@@ -250,15 +253,15 @@ def test_values_that_do_not_fit_raise_in_their_place(
                 got.append(message.value)
                 if message.value == 203:
                     subscription.commit(10)
-                    assert forwarder.cursors() == {"name": 24}
+                    assert cursors(forwarder) == {"name": 24}
     assert got == [100 * batch + n if n != 7 else 10 * batch + 8 for batch in range(3) for n in range(10)]
-    assert forwarder.cursors() == {"name": 30}
+    assert cursors(forwarder) == {"name": 30}
 
 
 # --- how far it is -----------------------------------------------------------------------------------------
 
 
-def test_lag_and_caught_up(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
+def test_lag_and_caught_up(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
     publish(writer, "a", range(2500))
     events = reader.events()
     subscription = reader.subscribe("a", start="first")
@@ -281,7 +284,7 @@ def test_lag_and_caught_up(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbu
 
 
 def test_what_is_read_ahead_is_bounded_and_the_end_is_known_nevertheless(
-    forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node
+    forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node
 ) -> None:
     blob = b"x" * 10_000
     publish(writer, "a", [blob] * 4000)
@@ -299,7 +302,7 @@ def ahead(subscription: zmqbus.Subscription) -> int:
     return int(reading.received_bytes - reading.consumed_bytes)
 
 
-def test_a_value_larger_than_the_window(forwarder: Hosted, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
+def test_a_value_larger_than_the_window(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
     large = os.urandom(WINDOW_BYTES + 1_000_000)
     publish(writer, "a", [large, "small", large])
     assert values(reader.subscribe("a", start="first"), 3) == [large, "small", large]
@@ -329,8 +332,8 @@ with zmqbus.Node("forker", bus=sys.argv[1]) as node:
 """
 
 
-def test_a_forked_child_is_told(bus: str, forwarder: Hosted, writer: zmqbus.Node) -> None:
+def test_a_forked_child_is_told(bus: str, forwarder: Running, writer: zmqbus.Node) -> None:
     publish(writer, "a", range(10))
     done = subprocess.run([sys.executable, "-c", FORKER, bus], capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout) == [0, 1]
-    assert forwarder.cursors() == {"name": 1}
+    assert cursors(forwarder) == {"name": 1}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import zmqbus
-from zmqbus.node.engine import TOPICS_PER_STATS
+from zmqbus.node.peers.serving import TOPICS_PER_STATS
 from zmqbus.node.wiring.links import Link
 
 

@@ -18,6 +18,7 @@ from zmqbus.protocol.commands import (
     BODY_BYTES_MAX,
     ENVELOPE,
     HEADS_PER_COMMAND,
+    LOG_BATCHES_MAX,
     PATTERNS_MAX,
     PEERS_PER_HELLO,
     SUBSCRIPTIONS_MAX,
@@ -66,17 +67,42 @@ GOLDEN: list[tuple[Body, str]] = [
         commands.Batches(b"a", 0x1122334455667788, 5, 9),
         "84 a5 746f706963 c4 01 61 a6 6f726967696e cf 1122334455667788 a5 6669727374 05 a4 6c617374 09",
     ),
+    (
+        commands.Ack(5, 0x1122334455667788, [(b"a", 9), (b"b", 0)], True),
+        "84 a7 6a6f75726e616c 05 a6 6f726967696e cf 1122334455667788"
+        "a5 6865616473 92 92 c4 01 61 09 92 c4 01 62 00 a4 66756c6c c3",
+    ),
+    (
+        commands.Read(3, ["a.*"], 65536, "indexer", 7, 8),
+        "86 a2 6964 03 a8 7061747465726e73 91 a3 612e2a a6 637265646974 ce 00010000"
+        "a6 637572736f72 a7 696e6465786572 a7 74696d655f6e73 07 a6 6f6666736574 08",
+    ),
+    (
+        commands.Log(3, 5, 12, 40, [(9, 60, 0), (11, 50, 2**32)], [(7, 8)]),
+        "86 a2 6964 03 a7 6a6f75726e616c 05 a4 6e657874 0c a3 656e64 28"
+        "a7 62617463686573 92 93 09 3c 00 93 0b 32 cf 0000000100000000 a7 64726f70706564 91 92 07 08",
+    ),
+    (commands.Credit(3, 65536), "82 a2 6964 03 a5 6279746573 ce 00010000"),
+    (
+        commands.Commit("indexer", 12, 3, True),
+        "84 a6 637572736f72 a7 696e6465786572 a6 6f6666736574 0c a2 6964 03 a6 666f72676574 c3",
+    ),
+    (commands.Unread(3), "81 a2 6964 03"),
+    (
+        commands.Offer(0x1122334455667788, [(b"a", 9)]),
+        "82 a6 6f726967696e cf 1122334455667788 a5 6865616473 91 92 c4 01 61 09",
+    ),
     (commands.Stats(True, 1000), "82 a6 746f70696373 c3 a4 736b6970 cd 03e8"),
     (
-        commands.Statistics({"peers": 2, "load": 0.5, "os": "x"}, [(b"a", 0, 300)], True),
-        "83 a8 636f756e74657273 83 a5 7065657273 02 a4 6c6f6164 cb 3fe0000000000000 a2 6f73 a1 78"
-        "a6 746f70696373 91 93 c4 01 61 00 cd 012c a4 6d6f7265 c3",
+        commands.Statistics({"peers": 2, "load": 0.5, "os": "x"}, [(b"a", 0, 300)], True, [("i", 12, True)]),
+        "84 a8 636f756e74657273 83 a5 7065657273 02 a4 6c6f6164 cb 3fe0000000000000 a2 6f73 a1 78"
+        "a6 746f70696373 91 93 c4 01 61 00 cd 012c a4 6d6f7265 c3 a7 637572736f7273 91 93 a1 69 0c c3",
     ),
     (commands.Error("bus", "no"), "82 a4 636f6465 a3 627573 a6 726561736f6e a2 6e6f"),
 ]
 FULL = commands.Hello(
     **INTRODUCTION
-    | {"version_max": 2, "role": "forwarder", "claims": ["logs.>"], "peers": [(9, "tcp://10.0.0.6:7")]}
+    | {"version_max": 2, "role": "forwarder", "claims": ["logs.>"], "journal": 5, "peers": [(9, "tcp://10.0.0.6:7")]}
     | {"subscriptions": [commands.Subscribed(3, ["a.*"])]}
 )
 CODES = {body: code for code, body in BODIES.items()}
@@ -120,6 +146,13 @@ def test_codes_are_for_ever() -> None:
         "Heads": 6,
         "Fetch": 7,
         "Batches": 8,
+        "Ack": 9,
+        "Read": 10,
+        "Log": 11,
+        "Credit": 12,
+        "Commit": 13,
+        "Unread": 14,
+        "Offer": 15,
         "Stats": 24,
         "Statistics": 25,
         "Error": 255,
@@ -145,13 +178,20 @@ def test_batches_ride_along_verbatim() -> None:
 def test_absent_fields_have_their_defaults() -> None:
     body = decode_command(wire(1, INTRODUCTION)).body
     assert isinstance(body, commands.Hello)
-    assert (body.version_min, body.version_max, body.role) == (1, 1, "node")
+    assert (body.version_min, body.version_max, body.role, body.journal) == (1, 1, "node", 0)
     assert body.claims == body.subscriptions == body.peers == []
     fetch = decode_command(wire(7, {"topic": b"a", "origin": 1, "first": 1, "last": 1})).body
     assert isinstance(fetch, commands.Fetch)
     assert fetch.bytes == 1024 * 1024
     assert decode_command(wire(24, {})).body == commands.Stats(False, 0)
     assert decode_command(wire(6, {"id": 1, "heads": []})).body == commands.Heads(1, [], False)
+    assert decode_command(wire(9, {"journal": 1, "origin": 2})).body == commands.Ack(1, 2, [], False)
+    reading = {"id": 1, "patterns": ["a"], "credit": 0}
+    assert decode_command(wire(10, reading)).body == commands.Read(1, ["a"], 0, "", 0, BIG)
+    log = {"id": 1, "journal": 2, "next": 3, "end": 4}
+    assert decode_command(wire(11, log)).body == commands.Log(1, 2, 3, 4, [], [])
+    assert decode_command(wire(13, {"cursor": "i", "offset": 1})).body == commands.Commit("i", 1, 0, False)
+    assert decode_command(wire(25, {"counters": {}})).body == commands.Statistics({}, [], False, [])
 
 
 # --- the envelope ------------------------------------------------------------------------------
@@ -227,8 +267,28 @@ def fetching(**fields: Any) -> list[bytes]:
     return wire(7, {"topic": b"a", "origin": 1, "first": 1, "last": 1} | fields)
 
 
-def statistics(n: int) -> list[bytes]:
-    return wire(25, {"counters": {}, "topics": [(b"a", 1, 1)] * n})
+def statistics(n: int, cursors: int = 0) -> list[bytes]:
+    return wire(25, {"counters": {}, "topics": [(b"a", 1, 1)] * n, "cursors": [("i", BIG, True)] * cursors})
+
+
+def acking(**fields: Any) -> list[bytes]:
+    return wire(9, {"journal": 1, "origin": 1} | fields)
+
+
+def reading(**fields: Any) -> list[bytes]:
+    return wire(10, {"id": 1, "patterns": ["a"], "credit": 0} | fields)
+
+
+def log(**fields: Any) -> list[bytes]:
+    return wire(11, {"id": 1, "journal": 1, "next": 1, "end": 1} | fields)
+
+
+def committing(**fields: Any) -> list[bytes]:
+    return wire(13, {"cursor": "i", "offset": 1} | fields)
+
+
+def offering(*heads: Any) -> list[bytes]:
+    return wire(15, {"origin": 1, "heads": heads})
 
 
 @pytest.mark.parametrize(
@@ -270,10 +330,26 @@ def statistics(n: int) -> list[bytes]:
         (fetching(bytes=1), fetching(bytes=0)),
         (fetching(origin=BIG), fetching(origin=1.0)),
         (statistics(HEADS_PER_COMMAND), statistics(HEADS_PER_COMMAND + 1)),
+        (acking(heads=[(b"x" * 255, BIG)] * HEADS_PER_COMMAND), acking(heads=[(b"x", 1)] * (HEADS_PER_COMMAND + 1))),
+        (acking(heads=[(b"a", 0)]), acking(heads=[(b"a", -1)])),
+        (acking(heads=[(b"a", 1)]), acking(heads=[(b"", 1)])),
+        (reading(patterns=["a"] * PATTERNS_MAX), reading(patterns=["a"] * (PATTERNS_MAX + 1))),
+        (reading(patterns=["x" * 255]), reading(patterns=["x" * 256])),
+        (reading(cursor="x" * 255), reading(cursor="x" * 256)),
+        (reading(credit=BIG, offset=BIG, time_ns=BIG), reading(credit=-1)),
+        (log(batches=[(BIG, BIG, BIG)] * LOG_BATCHES_MAX), log(batches=[(1, 1, 0)] * (LOG_BATCHES_MAX + 1))),
+        (log(batches=[(1, 1, 0)]), log(batches=[(1, 1)])),
+        (log(dropped=[(BIG, BIG)] * LOG_BATCHES_MAX), log(dropped=[(1, 1)] * (LOG_BATCHES_MAX + 1))),
+        (wire(12, {"id": 1, "bytes": 0}), wire(12, {"id": 1, "bytes": -1})),
+        (committing(cursor="x" * 255), committing(cursor="x" * 256)),
+        (committing(offset=0), committing(cursor="")),
+        (offering(*[(b"x" * 255, BIG)] * HEADS_PER_COMMAND), offering(*[(b"x", 1)] * (HEADS_PER_COMMAND + 1))),
+        (offering((b"a", 1)), offering((b"a", 0))),
+        (statistics(0, HEADS_PER_COMMAND), statistics(0, HEADS_PER_COMMAND + 1)),
         (wire(255, {"code": "x" * 64, "reason": ""}), wire(255, {"code": "x" * 65, "reason": ""})),
         (wire(255, {"code": "", "reason": "x" * 1000}), wire(255, {"code": "", "reason": "x" * 1001})),
     ],
-    ids=range(32),
+    ids=range(48),
 )
 def test_bounds(good: list[bytes], bad: list[bytes]) -> None:
     assert len(good[1]) <= BODY_BYTES_MAX

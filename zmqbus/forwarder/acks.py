@@ -1,7 +1,7 @@
 """What publishers are to be told: how far their streams are on disk. Knows nothing of sockets.
 
 An acknowledgement may be lost on its way. So it is given again whenever a publisher shows that it may not have it: by
-registering us, by a HEAD, or by sending what is there already.
+registering us, or by a HEAD.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Acks:
         heads = self._due.get(origin)
         if heads is None:
             heads = self._due[origin] = {}
-        heads[topic] = seq
+        heads[topic] = max(seq, heads.get(topic, 0))  # what asks for an older one may come late
 
     def take(self, full: bool = False) -> Iterator[tuple[int, Ack]]:
         """What is to be sent, and to whom."""

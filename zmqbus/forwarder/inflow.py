@@ -32,6 +32,7 @@ ATTENTIVE = 1.0  # seconds for which everything is done at once, after somebody 
 RELAXED = 0.005  # seconds between two looks at the socket, when nobody does
 RELAXED_BATCHES = 24  # more than that since the last look is no trickle: the queue holds 64 on either side
 ACK_LINGER = 0.02  # seconds that an acknowledgement may take that nobody waits for
+ROOM_PERIOD = 1.0  # seconds between two times of saying that there is no room: others come, and what was said gets lost
 ACK_COMMITS = 4  # or so many commits, which then are of 1 MiB: publishers have a bound on what is not acknowledged
 
 
@@ -58,6 +59,7 @@ class Inflow:
         self._opening: asyncio.Task[None] | None = None
         self._look: asyncio.Handle | None = None  # the next, if not when something arrives
         self._ack_timer: asyncio.TimerHandle | None = None
+        self._room_timer: asyncio.TimerHandle | None = None
         self._untold = 0  # commits since publishers were told
         self._attentive_until = 0.0
         self._urgent = False
@@ -77,7 +79,7 @@ class Inflow:
         if (ingest := self._ingest) is not None:
             self._engine.dispose(ingest)
             self._ingest = None
-        for handle in (self._look, self._ack_timer):
+        for handle in (self._look, self._ack_timer, self._room_timer):
             if handle is not None:
                 handle.cancel()
 
@@ -93,8 +95,9 @@ class Inflow:
 
     def room(self, full: bool) -> None:
         """The journal is full, or no longer. While it is, nobody should wait for us."""
-        for origin, link in self._engine.peering.links.items():
-            link.send(commands.Ack(self._journal.number, origin, [], full))
+        if self._room_timer is not None:
+            self._room_timer.cancel()
+        self._tell_room()
         if not full:
             self._engine.emit(Warned("the journal has room again"))
             self.start()
@@ -205,6 +208,13 @@ class Inflow:
         for origin, ack in self._acks.take(self.committer.full):
             if (link := self._link(origin)) is not None:
                 link.send(ack)
+
+    def _tell_room(self) -> None:
+        """Tell everybody whether there is room; while there is none, again and again."""
+        full = self.committer.full
+        for origin, link in self._engine.peering.links.items():
+            link.send(commands.Ack(self._journal.number, origin, [], full))
+        self._room_timer = self._loop.call_later(ROOM_PERIOD, self._tell_room) if full else None
 
     def _link(self, origin: int) -> Link | None:
         """To a publisher, or to who keeps its messages."""

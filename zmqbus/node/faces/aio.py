@@ -169,12 +169,14 @@ class AsyncNode:
             publisher = self._publishers[topic]
         except KeyError:
             publisher = self._at_home().outlet.publisher(topic)
-        if durable or timeout is not None:
-            outlet = self._at_home().outlet
-            if timeout is not None:
-                await room(outlet, publisher, timeout)
-            if durable:
-                return await durability.durably_published(outlet, publisher, value, headers, timeout)
+        if durable:
+            return await durability.durably_published(self._at_home().outlet, publisher, value, headers, timeout)
+        if timeout is not None:
+            await room(self._at_home().outlet, publisher, timeout)
+            seq = publisher.send_without_wait(value, headers)
+            if self._crowded:
+                await self._give_way()
+            return seq
         # As in `Node.publish`.
         if headers is None and type(value) is bytes and len(value) <= SMALL and publisher.full:
             seq = next(publisher.seqs)

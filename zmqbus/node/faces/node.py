@@ -114,7 +114,7 @@ class Node:
         Args:
             durable: return when the message is on a forwarder's disk, and not before.
             timeout: seconds to wait for that, or for room; None: no limit, except that a topic which no forwarder
-                claims is given 5 s to find one.
+                claims, or fewer than `acks`, is given 5 s to find them.
 
         Raises:
             TopicError: the topic breaks the grammar.
@@ -141,10 +141,11 @@ class Node:
                 if not publisher.full:
                     publisher.flush_to(seq + 1)
                 return seq
-        if timeout is not None:
-            wait_for_room(self._engine.outlet, publisher, timeout)
         if durable:
             return publish_durably(self._engine.outlet, publisher, value, headers, timeout)
+        if timeout is not None:
+            wait_for_room(self._engine.outlet, publisher, timeout)
+            return publisher.send_without_wait(value, headers)
         return publisher.send(value, headers)
 
     def publisher(self, topic: str) -> Publisher:

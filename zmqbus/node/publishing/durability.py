@@ -64,7 +64,7 @@ def hold(out: Accounts, publisher: Publisher, number: int = 1) -> None:
 
 
 def watch(out: Accounts, publisher: Publisher, seq: int, tally: Tally) -> bool:
-    """Wait for one message. Returns whether anybody claims it."""
+    """Wait for one message. Returns whether as many forwarders claim it as are to have it."""
     with out.lock:
         if out.pace != TURN:
             publisher.flush()
@@ -76,7 +76,7 @@ def watch(out: Accounts, publisher: Publisher, seq: int, tally: Tally) -> bool:
         tally.left += 1
         out.ledger.wait(account, seq, tally)
         tally.done(None)
-        return bool(account.claimants)
+        return out.ledger.suffices(account)
 
 
 def is_claimed(out: Accounts, publisher: Publisher) -> bool:
@@ -85,25 +85,29 @@ def is_claimed(out: Accounts, publisher: Publisher) -> bool:
     return account is not None and bool(account.claimants)
 
 
+def can_be_durable(out: Accounts, publisher: Publisher) -> bool:
+    """Whether as many forwarders as are to have it claim this stream."""
+    account = out.ledger.accounts.get(publisher.topic)
+    return account is not None and out.ledger.suffices(account)
+
+
 def watch_all(out: Accounts, tally: Tally) -> None:
     """Wait for everything published so far on streams that are claimed."""
     out.flush_all()
     with out.lock:
         for topic, account in out.ledger.accounts.items():
-            publisher = out.publishers[topic]
-            sent = publisher.sent
-            if account.claimants and account.durable < sent:
+            if account.claimants and account.unacked:
+                publisher = out.publishers[topic]
                 publisher.send_head(ASKS)
                 tally.left += 1
-                out.ledger.wait(account, sent, tally)
+                out.ledger.wait(account, publisher.sent, tally)
         tally.done(None)
 
 
 def unacked(out: Accounts) -> int:
     """Messages on claimed streams that are not known to be on disk."""
     with out.lock:
-        accounts = out.ledger.accounts.items()
-        return sum(max(0, out.publishers[topic].sent - a.durable) for topic, a in accounts if a.claimants)
+        return sum(account.unacked for account in out.ledger.accounts.values() if account.claimants)
 
 
 def failure(out: Accounts, tally: Tally, publisher: Publisher, seq: int, timeout: float) -> NotDurable:
@@ -112,8 +116,12 @@ def failure(out: Accounts, tally: Tally, publisher: Publisher, seq: int, timeout
         out.ledger.forget(tally)
     if tally.problem is not None:
         return NotDurable(1, tally.problem, seq)
-    if not is_claimed(out, publisher):
-        reason = f"no forwarder on the bus claims {publisher.topic}; start one: zmqbus forwarder --journal DIR"
+    if not can_be_durable(out, publisher):
+        wanted, start = out.ledger.acks, "zmqbus forwarder --journal DIR"
+        reason = f"no forwarder on the bus claims {publisher.topic}; start one: {start}"
+        if wanted > 1:
+            found = len(out.ledger.accounts[publisher.topic].claimants)
+            reason = f"{wanted} forwarders are to have it, and {found} on the bus claim {publisher.topic}: {start}"
         return NotDurable(1, reason, seq)
     return NotDurable(1, f"no acknowledgement within {timeout:g} s", seq)
 
@@ -140,17 +148,18 @@ def wait_for_room(out: Accounts, publisher: Publisher, timeout: float) -> None:
 def publish_durably(
     out: Accounts, publisher: Publisher, value: object, headers: dict[str, Any] | None, timeout: float | None
 ) -> int:
-    """Publish, and wait until it is on disk. Raises NotDurable."""
+    """Publish, when there is room, and wait until it is on disk. Raises BufferFull, NotDurable."""
     bell = Lock()
     bell.acquire()
     tally = Tally(bell.release)
     deadline = inf if timeout is None else now() + timeout
+    wait_for_room(out, publisher, inf if timeout is None else timeout)
     hold(out, publisher)
     try:
-        seq = publisher.send(value, headers)
+        seq = publisher.send_without_wait(value, headers)
         claimed = watch(out, publisher, seq, tally)
         while not bell.acquire(timeout=_left(deadline, claimed)):
-            if now() >= deadline or not (claimed or is_claimed(out, publisher)):
+            if now() >= deadline or not (claimed or can_be_durable(out, publisher)):
                 raise failure(out, tally, publisher, seq, timeout or CLAIM_PATIENCE)
             claimed = True
         if tally.problem is not None:
@@ -196,16 +205,17 @@ async def durably_published(
     bell: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     tally = Tally(lambda: _ring(bell))
     deadline = inf if timeout is None else now() + timeout
+    await room(out, publisher, inf if timeout is None else timeout)
     hold(out, publisher)
     try:
-        seq = publisher.send(value, headers)
+        seq = publisher.send_without_wait(value, headers)
         claimed = watch(out, publisher, seq, tally)
         while True:
             left = _left(deadline, claimed)
             done, _ = await asyncio.wait((bell,), timeout=None if left < 0 else left)
             if done:
                 break
-            if now() >= deadline or not (claimed or is_claimed(out, publisher)):
+            if now() >= deadline or not (claimed or can_be_durable(out, publisher)):
                 raise failure(out, tally, publisher, seq, timeout or CLAIM_PATIENCE)
             claimed = True
         if tally.problem is not None:

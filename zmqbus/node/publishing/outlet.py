@@ -227,7 +227,7 @@ class Outlet:
         owing = (
             publisher
             for topic, account in self.ledger.accounts.items()
-            if account.claimants and account.durable < (publisher := self.publishers[topic]).sent
+            if account.claimants and account.durable < (publisher := self.publishers[topic]).sent and account.unacked
         )
         return list(islice(owing, HEADS_PER_HEARTBEAT))
 

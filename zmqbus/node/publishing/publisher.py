@@ -74,7 +74,7 @@ class Streams(Protocol):
     def count(self, size: int, count: int, time: int) -> None:
         """A frame of `count` messages was sent at `time`."""
 
-    def make_room(self, publisher: Publisher) -> None:
+    def make_room(self, publisher: Publisher | None = None) -> None:
         """Wait until the backlog is sent, and what the forwarders have not acknowledged fits the buffer."""
 
 
@@ -199,6 +199,13 @@ class Publisher(Ring):
             out.make_room(self)
         return first + number - 1
 
+    def send_without_wait(self, value: object, headers: dict[str, Any] | None = None) -> int:
+        """As `send`, for who has waited until there was room: does not wait for more if this fills the buffer."""
+        packed = encode_value(value)
+        if headers is not None or len(packed) >= EXTERNAL_BYTES_MIN:
+            return self._send_large(value, headers, patient=False)
+        return self._send(Raw(packed), len(packed), patient=False)
+
     @property
     def seq(self) -> int:
         """Seq of the last message published. Under the lock."""
@@ -209,7 +216,7 @@ class Publisher(Ring):
         """The first seq that is not sent yet. Under the lock."""
         return self.sent + 1
 
-    def _send(self, item: bytes | str | Raw, size: int) -> int:
+    def _send(self, item: bytes | str | Raw, size: int, patient: bool = True) -> int:
         """A message while nothing gathers: at low rates it leaves at once, and that is what a round trip waits for."""
         out = self._out
         with out.lock:
@@ -225,7 +232,7 @@ class Publisher(Ring):
             else:
                 self._put(seq, item, size)
         if out.backlog or out.history.full:
-            out.make_room(self)
+            out.make_room(self if patient else None)
         return seq
 
     def send_late(self, seq: int, item: bytes | str | Raw, size: int) -> int:
@@ -239,7 +246,7 @@ class Publisher(Ring):
             out.make_room(self)
         return seq
 
-    def _send_large(self, value: object, headers: dict[str, Any] | None) -> int:
+    def _send_large(self, value: object, headers: dict[str, Any] | None, patient: bool = True) -> int:
         """A message that is large, or has headers."""
         packed_headers = b""
         if headers is not None:
@@ -267,7 +274,7 @@ class Publisher(Ring):
                 self._externals[seq] = frames.EXTERNAL, b"\x91" + packed
             self._put(seq, Raw(packed if size < EXTERNAL_BYTES_MIN else NIL), size)
         if out.backlog or out.history.full:
-            out.make_room(self)
+            out.make_room(self if patient else None)
         return seq
 
     def _put(self, seq: int, item: bytes | str | Raw, size: int) -> None:

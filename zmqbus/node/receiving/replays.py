@@ -101,6 +101,16 @@ class Replays:
     def __len__(self) -> int:
         return len(self._runs)
 
+    @property
+    def messages(self) -> int:
+        """Read by all that are open."""
+        return sum(replay.messages for replay in self._runs)
+
+    @property
+    def lost(self) -> int:
+        """Known to be lost to them."""
+        return sum(replay.lost for replay in self._runs)
+
     # --- life ----------------------------------------------------------------------------------------
 
     async def subscribe(

@@ -8,7 +8,8 @@ Sans-IO; callers hold the publishers' lock. The rules:
 2. An acknowledgement is cumulative: everything of the stream up to that seq is on that journal's disk, for ever.
 3. A message is durable when as many journals as are wanted have acknowledged it. Any one may, whether or not it claims
    the topic at the moment.
-4. A waiter is told once: when its message is durable, or that no journal that claims the stream has room.
+4. A waiter is told once: when its message is durable, or that it cannot be for now: the journals that claim the stream
+   have no room, or none claims it any more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import Protocol
 
 from zmqbus.protocol.streams.history import NOTHING, History, Shelf
 from zmqbus.protocol.topics import Matcher
+
+NO_ROOM = "the journal has no room: it takes nothing more until there is"
+UNCLAIMED = "its forwarder no longer claims the topic, and no other does"
 
 
 class Waiter(Protocol):
@@ -43,15 +47,23 @@ class Account:
         """Everything up to this seq is on as many disks as are wanted."""
         self.waiting: list[tuple[int, int, Waiter]] = []  # a heap by seq
 
+    @property
+    def unacked(self) -> int:
+        """Messages that are kept for somebody to acknowledge. What had left the history before anybody claimed it will
+        never be, and so nobody is to wait for it."""
+        entries = self.shelf.entries
+        return max(0, entries[-1][1] - max(entries[0][0], self.durable + 1)) if entries else 0
+
 
 class Ledger:
-    """All accounts of one node. `acks`: how many journals have to have a message."""
+    """All accounts of one node."""
 
     def __init__(self, history: History, acks: int) -> None:
         self.accounts: dict[str, Account] = {}
         """By topic: of streams that are claimed, or that somebody waits for."""
         self._history = history
-        self._acks = acks
+        self.acks = acks
+        """How many journals are to have a message."""
         self._claims: dict[int, Callable[[str], bool]] = {}
         self._full: set[int] = set()
         self._number = 0
@@ -63,11 +75,15 @@ class Ledger:
         matches = self._claims[journal] = Matcher(patterns).matches
         self._full.discard(journal)
         for topic, shelf in streams.items():
+            account = self.accounts.get(topic)
             if matches(topic):
-                self.claim(self.account(topic, shelf), journal)
-            elif (account := self.accounts.get(topic)) is not None:
+                account = self.account(topic, shelf)
+                self.claim(account, journal)
+                self._refuse(account)
+            elif account is not None and journal in account.claimants:
                 account.claimants.discard(journal)
                 self._keep(account)
+                self._refuse(account, unclaimed=True)
 
     def opened(self, topic: str, shelf: Shelf) -> None:
         """A stream begins."""
@@ -82,18 +98,21 @@ class Ledger:
             if account is None or seq <= account.heads.get(journal, 0):
                 continue
             account.heads[journal] = seq
-            durable = seq if self._acks == 1 else self._common(account)
+            durable = seq if self.acks == 1 else self._common(account)
             if durable > account.durable:
                 account.durable = durable
                 self._keep(account)
                 while account.waiting and account.waiting[0][0] <= durable:
                     heappop(account.waiting)[2].done(None)
+            if self._full and self.acks > 1:
+                self._refuse(account)  # it may be for the full ones alone now
         if not full:
             self._full.discard(journal)
         elif journal not in self._full:
             self._full.add(journal)
             for account in self.accounts.values():
-                self._refuse(account)
+                if journal in account.claimants:
+                    self._refuse(account)
 
     # --- what publishers ask -----------------------------------------------------------------------
 
@@ -114,14 +133,19 @@ class Ledger:
         account.holds += number
         self._keep(account)
 
+    def suffices(self, account: Account) -> bool:
+        """Whether as many journals as are wanted claim the stream."""
+        return len(account.claimants) >= self.acks
+
     def wait(self, account: Account, seq: int, waiter: Waiter) -> None:
-        """Tell `waiter` when the message is durable; perhaps at once."""
+        """Tell `waiter` when the message is durable; perhaps at once. While nobody claims the stream, somebody may."""
         if seq <= account.durable:
             waiter.done(None)
-            return
-        self._number += 1
-        heappush(account.waiting, (seq, self._number, waiter))
-        self._refuse(account)
+        elif self._full and self._lacks_room(account, seq):
+            waiter.done(NO_ROOM)
+        else:
+            self._number += 1
+            heappush(account.waiting, (seq, self._number, waiter))
 
     def forget(self, waiter: Waiter) -> None:
         """It no longer waits."""
@@ -137,11 +161,21 @@ class Ledger:
     def _common(self, account: Account) -> int:
         """The seq that as many journals as are wanted have reached."""
         heads = sorted(account.heads.values(), reverse=True)
-        return heads[self._acks - 1] if len(heads) >= self._acks else 0
+        return heads[self.acks - 1] if len(heads) >= self.acks else 0
 
-    def _refuse(self, account: Account) -> None:
-        """Nobody needs to wait where no claimant takes anything."""
-        if account.waiting and account.claimants and account.claimants <= self._full:
-            waiting, account.waiting = account.waiting, []
-            for _, _, waiter in waiting:
-                waiter.done("the journal has no room: it takes nothing more until there is")
+    def _lacks_room(self, account: Account, seq: int) -> bool:
+        """Whether it is for the full journals among the claimants that this message cannot be durable."""
+        there = {journal for journal, head in account.heads.items() if head >= seq}
+        return len(there | (account.claimants - self._full)) < self.acks <= len(there | account.claimants)
+
+    def _refuse(self, account: Account, unclaimed: bool = False) -> None:
+        """Nobody needs to wait for what will not be."""
+        waiting, account.waiting = account.waiting, []
+        for entry in waiting:  # in order, so that what is left is a heap
+            seq, _, waiter = entry
+            if not account.claimants and unclaimed:
+                waiter.done(UNCLAIMED)
+            elif self._lacks_room(account, seq):
+                waiter.done(NO_ROOM)
+            else:
+                account.waiting.append(entry)
