@@ -74,13 +74,13 @@ class Following:
                     self._tell(f"{escape(peer.name)} is back")
 
     def standing(self, subscription: Subscription) -> str:
-        """Where it is now: `'indexer' is at offset 782 of store, 3 behind`."""
-        places = (
-            f"offset {one.next} of {escape(one.forwarder)}"
-            + (f", {one.end - one.next:,} behind" * (one.end > one.next))
+        """Where its cursor is: `'indexer' is at offset 782 of store, 3 behind`."""
+        places = [
+            f"offset {one.dealt} of {escape(one.forwarder)}"
+            + f", {one.end - one.dealt:,} behind" * (one.end > one.dealt)
             for one in subscription.positions
-        )
-        return f"{self._who}is at {' and '.join(places)}" if subscription.positions else ""
+        ]
+        return f"{self._who}is at {' and '.join(places)}" if places else ""
 
     def _tell(self, text: str) -> None:
         if not self._quiet:

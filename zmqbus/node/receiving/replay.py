@@ -48,6 +48,8 @@ class Position(NamedTuple):
     """Where it began."""
     next: int
     """Behind what was handed out."""
+    dealt: int
+    """Before this offset everything has been dealt with: what is committed, or soon will be."""
     end: int
     """Of the journal, as last heard."""
 
@@ -188,9 +190,10 @@ class Replay:
 
     @property
     def positions(self) -> list[Position]:
-        """The same for each journal that has told. No lock."""
-        known = [reading for reading in self.readings if reading.next is not None]
-        return [Position(r.name, r.journal, r.begin, self._position(r), r.end) for r in known]
+        """The same for each journal that has told. Takes the lock itself."""
+        with self.bell:
+            known = [reading for reading in self.readings if reading.next is not None]
+            return [Position(r.name, r.journal, r.begin, self._position(r), self.dealt_with(r), r.end) for r in known]
 
     def dealt_with(self, reading: Reading) -> int:
         """The offset before which everything has been dealt with: what may be committed."""
