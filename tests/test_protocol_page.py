@@ -33,7 +33,18 @@ from zmqbus.net import discovery, mdns
 from zmqbus.net.keys import BusKey
 from zmqbus.protocol import commands, frames
 from zmqbus.protocol.commands import BODIES, ENVELOPE, Body, decode_command, encode_command
-from zmqbus.protocol.frames import BALLAST, DATA, EXTERNAL, HEAD, HEADERS, HEARTBEAT, RAW, ValueDecoder, encode_frame
+from zmqbus.protocol.frames import (
+    ASKS,
+    BALLAST,
+    DATA,
+    EXTERNAL,
+    HEAD,
+    HEADERS,
+    HEARTBEAT,
+    RAW,
+    ValueDecoder,
+    encode_frame,
+)
 from zmqbus.protocol.members.membership import Membership
 from zmqbus.protocol.topics import encode_topic, subscription_prefix
 
@@ -96,6 +107,7 @@ FRAMES: dict[str, tuple[list[bytes], Any]] = {
     "data-external": ([frame(b"a", EXTERNAL, 1, 7, b""), packed("big")], (["big"], None)),
     "data-external-raw": ([frame(b"a", EXTERNAL | RAW, 1, 8, b""), b"\x00\x01\x02"], ([b"\x00\x01\x02"], None)),
     "head": ([frame(b"a", 0, 0, 9, b"", HEAD)], None),
+    "head-asks": ([frame(b"a", ASKS, 0, 9, b"", HEAD)], None),
     "heartbeat": ([frame(b"$hb", 0, 0, 42, b"", HEARTBEAT)], None),
 }
 
@@ -121,6 +133,7 @@ def test_kinds_and_flags() -> None:
         EXTERNAL | HEADERS: "`EXTERNAL` and `HEADERS`",
         EXTERNAL | RAW: f"`EXTERNAL` and `RAW` ({RAW})",
     }
+    assert f"of HEAD: {ASKS} is `ASKS`" in text
     drawn = re.search(r"version +kind +flags +count +origin +first seq +time_ns .*\n.*?((?:u\d+ +){7})", text)
     assert drawn
     sizes = [int(size) // 8 for size in re.findall(r"u(\d+)", drawn[1])]

@@ -87,8 +87,9 @@ class Foreign:
             yield HEADS, {"id": body["id"], "heads": list(self.heads.items())}, []
         elif command == FETCH:
             self.fetches.append((body["first"], body["last"]))
-            batches = [self.held[seq] for seq in range(body["first"], body["last"] + 1) if seq in self.held]
-            yield BATCHES, {name: body[name] for name in ("topic", "origin", "first", "last")}, batches
+            batches = [self.held[seq] for seq in sorted(self.held) if body["first"] <= seq <= body["last"]]
+            here = batches if body["topic"] == TOPIC else []
+            yield BATCHES, {name: body[name] for name in ("topic", "origin", "first", "last")}, here
         elif command == BYE:
             yield BYE, {}, []
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from zlib import crc32
 
@@ -15,6 +16,7 @@ import pytest
 
 from zmqbus.errors import (
     JournalCorrupt,
+    JournalError,
     JournalLocked,
     JournalUnavailable,
     JournalVersion,
@@ -179,6 +181,108 @@ def test_opening_on_a_full_disk(tiny_disk: Path) -> None:
         start(tiny_disk / "journal", segment_bytes=64 << 10)
     (tiny_disk / "ballast").unlink()
     start(tiny_disk / "journal", segment_bytes=64 << 10).close(0)
+
+
+def _missing_parent(path: Path) -> None:
+    pass
+
+
+def _a_file(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("x")
+
+
+def _other_files(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "letter.txt").write_text("dear")
+
+
+def _sound(path: Path) -> None:
+    path.parent.mkdir()
+    journal = start(path)
+    for seq in range(1, 20):
+        journal.append(A, 1, seq, 1, 0, b"x" * 500)
+        journal.commit(0)
+    journal.close(0)
+
+
+def _damaged(name: str, at: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        _sound(path)
+        file = min(path.glob(name))
+        data = bytearray(file.read_bytes())
+        data[at] ^= 1
+        file.write_bytes(data)
+
+    return damage
+
+
+def _gone(name: str) -> Callable[[Path], None]:
+    def remove(path: Path) -> None:
+        _sound(path)
+        sorted(path.glob(name))[-1].unlink()
+
+    return remove
+
+
+def _newer(path: Path) -> None:
+    _sound(path)
+    text = encode_meta(bytes(16)).replace(b"journal 1", b"journal 9").rpartition(b"crc ")[0]
+    (path / "meta").write_bytes(text + b"crc %08x\n" % crc32(text))
+
+
+def _held(path: Path) -> None:
+    _sound(path)
+    held.append(start(path))
+
+
+held: list[Journal] = []
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error", "remedy"),
+    [
+        (_missing_parent, JournalUnavailable, "No such file or directory"),
+        (_a_file, JournalUnavailable, "Not a directory"),
+        (_other_files, JournalUnavailable, "use an empty one"),
+        (_held, JournalLocked, "stop it, or choose another directory"),
+        (_newer, JournalVersion, "upgrade zmqbus"),
+        (_damaged("meta", 20), JournalCorrupt, "zmqbus journal repair"),
+        (_damaged("*.zbj", 9), JournalCorrupt, "zmqbus journal repair"),
+        (_damaged("*.zbj", 30), JournalCorrupt, "zmqbus journal repair"),
+        (_damaged("cursors/*.zbj", 20), JournalCorrupt, "zmqbus journal repair"),
+        (_gone("meta"), JournalCorrupt, "zmqbus journal repair"),
+    ],
+    ids=lambda case: getattr(case, "__name__", ""),
+)
+def test_one_clear_line(
+    prepare: Callable[[Path], None], error: type[JournalError], remedy: str, tmp_path: Path
+) -> None:
+    """Whoever starts a forwarder on it reads one line: which directory or file, what is wrong, what to do."""
+    path = tmp_path / "data" / "journal"
+    prepare(path)
+    try:
+        with pytest.raises(error) as caught:
+            start(path)
+    finally:
+        while held:
+            held.pop().close(0)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert str(path) in line
+    assert remedy in line
+    assert len(line.replace(str(path), "")) < 250
+    assert caught.value.directory.startswith(str(path))
+
+
+def test_a_read_only_file_system(tiny_disk: Path) -> None:
+    start(tiny_disk / "journal").close(0)
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True, capture_output=True)
+    for path in (tiny_disk / "journal", tiny_disk / "new"):
+        with pytest.raises(JournalUnavailable, match="Read-only file system") as caught:
+            start(path)
+        assert "\n" not in str(caught.value)
+        assert str(tiny_disk) in str(caught.value)
 
 
 def test_file_size_limit(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_credit_is_a_window_and_is_granted_in_large_pieces() -> None:
     for n in range(4):
         one.received(log(n, n + 1, part), part, 0.0)
     assert one.grant() == 0
-    assert one.consumed(log(0, 1, part), part) == (True, False)
+    assert one.consumed(log(0, 1, part), part) == (False, False)
     assert one.grant() == 0
     assert one.consumed(log(1, 2, part), part) == (False, True)
     assert one.grant() == 2 * part
@@ -85,7 +85,7 @@ def test_credit_is_a_window_and_is_granted_in_large_pieces() -> None:
     assert one.grant() == 0
     assert one.read(0.0).credit == WINDOW_BYTES - 2 * part
     assert one.consumed(log(2, 3, part), part) == (False, False)
-    assert one.consumed(log(3, 4, part), part) == (False, True)
+    assert one.consumed(log(3, 4, part), part) == (True, True)
     assert one.grant() == 2 * part
 
 
@@ -100,14 +100,29 @@ def test_a_batch_larger_than_the_window_leaves_no_credit_and_is_made_good() -> N
 
 def test_caught_up_is_told_once_and_again_after_a_window() -> None:
     one = begun()
-    assert one.consumed(Log(1, JOURNAL, 0, 9), 0) == (False, False)
-    assert one.consumed(log(0, 9, 10), 10)[0] is True
-    for n in range(9, 40):
-        assert one.consumed(log(n, n + 1, 10), 10)[0] is False
-    assert one.consumed(log(40, 50, WINDOW_BYTES + 1, end=60), WINDOW_BYTES + 1)[0] is False
-    assert one.consumed(log(50, 60, 1), 1)[0] is True
-    assert one.consumed(log(60, 61, 1), 1)[0] is False
+
+    def pass_on(first: int, following: int, size: int, end: int) -> bool:
+        """A LOG comes and is consumed."""
+        answer = log(first, following, size, end)
+        one.received(answer, size, 0.0)
+        return one.consumed(answer, size)[0]
+
+    assert not pass_on(0, 5, 10, end=9)
+    assert pass_on(5, 9, 10, end=9)
+    assert not any(pass_on(n, n + 1, 10, end=n + 1) for n in range(9, 40))
+    assert not pass_on(40, 50, WINDOW_BYTES + 1, end=60)
+    assert pass_on(50, 60, 1, end=60)
+    assert not pass_on(60, 61, 1, end=61)
     assert one.passed == 61
+
+
+def test_the_end_is_the_one_that_was_last_heard_of() -> None:
+    one = begun()
+    first, second = log(0, 5, 10, end=5), log(5, 8, 10, end=8)
+    one.received(first, 10, 0.0)
+    one.received(second, 10, 0.0)
+    assert one.consumed(first, 10)[0] is False
+    assert one.consumed(second, 10)[0] is True
 
 
 def test_silence_is_noticed() -> None:

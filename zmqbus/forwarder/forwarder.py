@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -112,13 +113,17 @@ class Forwarder:
         return self
 
     async def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
-        """Leave the bus, commit what was received, and let go of the journal. May be called twice."""
+        """Commit and acknowledge what was received, leave the bus, let go of the journal. May be called twice."""
         if self._store is None:
             return
         if self._noting is not None:
             self._noting.cancel()
         self._inflow.stop()
         try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._committer.settle()
+            self._inflow.tell_now()
             await self._engine.close(timeout)
         finally:
             await self._close_journal()

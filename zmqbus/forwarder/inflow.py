@@ -123,13 +123,12 @@ class Inflow:
 
     async def _attach(self) -> None:
         def make(number: int, feed: Feed) -> Intake:
-            self._ingest = Ingest(number, self._claims, feed, self._engine, self._tracker, self._journal)
-            return self._ingest
+            ingest = self._ingest = Ingest(number, self._claims, feed, self._engine, self._tracker, self._journal)
+            ingest.before_close = partial(self._watch, False)
+            return ingest
 
-        with contextlib.suppress(NodeClosed):
-            intake = await self._engine.attach(self._claims, make, self._look_now)
-            intake.before_close = partial(self._watch, False)
-            self._drain()
+        with contextlib.suppress(NodeClosed):  # waits for the slowest peer; what others send is taken meanwhile
+            await self._engine.attach(self._claims, make, self._look_now)
 
     def _sources(self, topic: str, origin: int) -> Sequence[int]:
         """Whom to ask for a repair."""
@@ -196,11 +195,12 @@ class Inflow:
         if not self._acks:
             return
         if self._urgent or self._untold >= ACK_COMMITS:
-            self._tell_now()
+            self.tell_now()
         elif self._ack_timer is None:
-            self._ack_timer = self._loop.call_later(ACK_LINGER, self._tell_now)
+            self._ack_timer = self._loop.call_later(ACK_LINGER, self.tell_now)
 
-    def _tell_now(self) -> None:
+    def tell_now(self) -> None:
+        """Tell publishers what they have not been told."""
         if self._ack_timer is not None:
             self._ack_timer.cancel()
             self._ack_timer = None

@@ -85,7 +85,17 @@ class Ingest(Intake):
     def _decode(self, stream: Stream, frame: bytes, size: int, first: int, time_ns: int) -> Message | None:
         payload = memoryview(frame)[self._body - HEADER_BYTES :]
         topic, origin = stream.key
-        if self._journal.append(topic, origin, first, size, time_ns, payload) is not Appended.ACCEPTED:
+        if size >= len(payload) - HEADER_BYTES:  # as in `parse_header`: nobody else looks at what is journaled verbatim
+            stream.next = stream.target = first
+            self._driver.garbage(
+                RemoteProtocolError(f"{stream.topic}: {size} values cannot be in {len(payload)} bytes")
+            )
+            return None
+        try:
+            appended: Appended | None = self._journal.append(topic, origin, first, size, time_ns, payload)
+        except ValueError:
+            appended = None
+        if appended is not Appended.ACCEPTED:
             self._append(stream, Batch(topic, 0, size, origin, first, time_ns, (frame,)))
         return self._accepted(size)
 
@@ -103,9 +113,15 @@ class Ingest(Intake):
     def _append(self, stream: Stream, batch: Batch, allow_gap: bool = False) -> None:
         frame, *external = batch.parts
         payload = memoryview(frame)[len(batch.topic) + 1 :]
-        appended = self._journal.append(
-            batch.topic, batch.origin, batch.first, batch.count, batch.time_ns, payload, *external, allow_gap=allow_gap
-        )
+        topic, origin, first, count, time_ns = batch.topic, batch.origin, batch.first, batch.count, batch.time_ns
+        try:
+            appended = self._journal.append(
+                topic, origin, first, count, time_ns, payload, *external, allow_gap=allow_gap
+            )
+        except ValueError as error:  # no journal counts that far
+            self._driver.garbage(RemoteProtocolError(f"{stream.topic}: {error}"))
+            self._lost(Gap(stream.topic, origin, first, batch.end - 1))
+            return
         if appended is Appended.GAP:
             # Known to be lost, and reported; or it was published before we came, and is in no history any more.
             lost = max(self._holes.pop(stream.key, 0), stream.owed)

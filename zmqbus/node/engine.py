@@ -94,6 +94,7 @@ class Engine:
         self._outbox: Outbox | None = None
         self._listeners = Listeners()
         self._numbers = self._heartbeats = 0
+        self._was_full = False  # the buffer of what is not acknowledged
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._warnings = 0
 
@@ -232,6 +233,11 @@ class Engine:
         self._timers["heartbeat"] = self._loop.call_later(HEARTBEAT_PERIOD, self._heartbeat)
         self._heartbeats += 1
         self.outlet.heartbeat(self._heartbeats)
+        history = self.outlet.history
+        if history.full and not self._was_full:
+            away = "" if self._forwarders else ", and none is on the bus"
+            self._warn(f"publishers wait: {history.pinned_bytes:,} bytes are not acknowledged by forwarders{away}")
+        self._was_full = history.full
 
     def _announce_idle(self) -> None:
         self._timers["idle"] = self._loop.call_later(IDLE_PERIOD, self._announce_idle)

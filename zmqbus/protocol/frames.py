@@ -151,9 +151,8 @@ def decode_batches(parts: Sequence[bytes]) -> list[Batch]:
             raise RemoteProtocolError(f"batch: kind {kind}, expected DATA")
         own: tuple[bytes, ...] = (frame,)
         if flags & EXTERNAL:
-            value = next(rest, None)
-            if value is None:
-                raise RemoteProtocolError("batch: the external value is missing")
+            if not (value := next(rest, b"")):
+                raise RemoteProtocolError("batch: the external value is missing or empty")
             own = (frame, value)
         batches.append(Batch(frame[:cut], flags, count, origin, first, time_ns, own))
     return batches

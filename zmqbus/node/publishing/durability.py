@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from zmqbus.errors import BufferFull, NotDurable
 from zmqbus.net.clock import now, sleep
 from zmqbus.node.publishing.publisher import TURN, Keeper, Publisher
-from zmqbus.protocol.frames import ASKS
 from zmqbus.protocol.streams.acks import Ledger
 from zmqbus.protocol.streams.history import History
 
@@ -68,7 +67,7 @@ def watch(out: Accounts, publisher: Publisher, seq: int, tally: Tally) -> bool:
     with out.lock:
         if out.pace != TURN:
             publisher.flush()
-            publisher.send_head(ASKS)
+            publisher.ask()
         elif not publisher.asks:  # others may be about to publish in this turn, and to wait together
             publisher.asks = True
             publisher.expect()
@@ -98,7 +97,7 @@ def watch_all(out: Accounts, tally: Tally) -> None:
         for topic, account in out.ledger.accounts.items():
             if account.claimants and account.unacked:
                 publisher = out.publishers[topic]
-                publisher.send_head(ASKS)
+                publisher.ask()
                 tally.left += 1
                 out.ledger.wait(account, publisher.sent, tally)
         tally.done(None)

@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from itertools import count, islice
+from math import inf
 from threading import Lock
 from typing import Any, Protocol
 
 from msgspec import Raw
 
 from zmqbus.errors import MessageTooLarge, UnsupportedValue
-from zmqbus.net.clock import sleep, time_ns
+from zmqbus.net.clock import now, sleep, time_ns
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.protocol import frames
 from zmqbus.protocol.frames import EXTERNAL_BYTES_MIN, MESSAGE_BYTES_MAX, encode_value, encode_values
@@ -31,6 +32,7 @@ from zmqbus.protocol.streams.ring import BATCH_MESSAGES_MAX, Ring
 BATCH_BYTES_MAX = 128 * 1024
 SMALL = BATCH_BYTES_MAX // BATCH_MESSAGES_MAX  # messages up to this size cannot fill a batch before their number does
 TICK = 0.001
+ASK_PERIOD = 0.5  # seconds: forwarders are attentive for a second after they were asked
 
 # Queues are limited in frames. For each of these that a large message has in bytes an empty frame follows it, so
 # that they are limited in bytes too.
@@ -89,6 +91,7 @@ class Publisher(Ring):
     """
 
     __slots__ = (
+        "_asked_at",
         "_externals",
         "_head_at",
         "_headers",
@@ -109,6 +112,7 @@ class Publisher(Ring):
         super().__init__()
         self.topic = topic
         self.prefix = encoded + b"\0"
+        self._asked_at = -inf
         self.asks = False  # for an acknowledgement, as soon as what is gathered is sent
         self.kept = False  # in the outbox
         self.shelf = Shelf()  # this stream's part of the history
@@ -321,7 +325,7 @@ class Publisher(Ring):
         self._flush()
         if self.asks:
             self.asks = False
-            self.send_head(frames.ASKS)
+            self.ask()
 
     def expect(self) -> None:
         """Be flushed at the end of this turn, if that is not so already. Under the lock."""
@@ -408,6 +412,13 @@ class Publisher(Ring):
         self.send_head()
         self._quiet = True
         return True
+
+    def ask(self) -> None:
+        """Tell forwarders that somebody waits for an acknowledgement, if that is news to them. Under the lock."""
+        time = now()
+        if time >= self._asked_at + ASK_PERIOD:
+            self._asked_at = time
+            self.send_head(frames.ASKS)
 
     def send_head(self, flags: int = 0) -> None:
         """Say how far this stream has come, on its own topic, behind all that was sent. Under the lock."""

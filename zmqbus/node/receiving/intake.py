@@ -373,6 +373,8 @@ class Intake:
             raise RemoteProtocolError("frame: the external value is missing")
         value: bytes = self.socket.recv(NOBLOCK)
         self._drop_parts()
+        if not value:
+            raise RemoteProtocolError("frame: the external value is empty")
         return value
 
     def _drop_parts(self) -> None:

@@ -345,7 +345,7 @@ class Replay:
         self._piece, self._entries = NO_PIECE, iter(())
         reading, log = piece.reading, piece.log
         caught_up, wants = reading.consumed(log, len(piece.part))
-        if log.next >= log.end:
+        if log.next >= reading.end:
             self.merging.caught_up(reading.journal)
             self._report()
         if caught_up:

@@ -156,7 +156,7 @@ class Replays:
         registry = self._host.peering.registry
         try:
             answered = await registry.until(lambda: run.failure is not None or not self._awaited(run), READ_TIMEOUT)
-            if run.failure is not None:
+            if run.failure is not None and self._awaited(run):  # else what came before it is handed out first
                 raise run.failure
         except BaseException:  # nobody will read it
             self._dispose(run, NodeClosed("the subscription is closed"))

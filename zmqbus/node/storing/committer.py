@@ -107,6 +107,12 @@ class Committer:
         """Move cursors; on disk when this returns. Raises NoSpace, JournalFailed, ValueError."""
         await self._worker.do(self._journal.commit_cursors, cursors)
 
+    async def settle(self) -> None:
+        """Wait until all that has been appended is on disk."""
+        while (self._busy or self._journal.buffered_bytes) and not (self._failed or self.full):
+            self.pump()
+            await self._worker.do(lambda: None)
+
     async def close(self) -> None:
         """Stop; a sync that is under way is waited for. The journal's own `close` commits what is left."""
         self._maintenance.cancel()

@@ -131,14 +131,14 @@ class Reading:
     def consumed(self, log: Log, size: int) -> tuple[bool, bool]:
         """The consumer is done with a LOG. Returns whether it has caught up, and whether `grant` should be called.
 
-        It has caught up when it comes to the end for the first time, or after more than a window.
+        It has caught up when it comes to the end last heard of, for the first time or after more than a window.
         """
         self.passed = max(self.passed, log.next)
         self.consumed_bytes += size
         caught_up = False
         if self._fresh_bytes is not None:
             self._fresh_bytes += size
-        if log.next >= log.end:
+        if log.next >= self.end:
             caught_up = self._fresh_bytes is None or self._fresh_bytes > WINDOW_BYTES
             self._fresh_bytes = 0
         wants = self.consumed_bytes - self._told_bytes >= GRANT_BYTES
