@@ -171,6 +171,8 @@ def test_demo_counts_during_the_spike() -> None:
 def test_demo_leaves_nobody_and_nothing_behind_on_ctrl_c(tmp_path: Path) -> None:
     with Terminal("demo", "--seconds", "10m", "/proc/stat", TMPDIR=str(tmp_path)) as demo:
         demo.until("lines per second")
+        for words in ("shippers", "journaled", "consumed", "indexer"):  # the live counts
+            demo.until(words)
         os.killpg(demo.process.pid, signal.SIGINT)  # as a terminal does
         demo.interrupt()
         code, _ = demo.end()  # when all have let go of the terminal
