@@ -64,8 +64,8 @@ def measure(faces: Iterable[str], runs: int, quick: bool, progress: Progress) ->
 def run(face: str, rounds: int, pause: float, listens: bool = False, **arguments: Any) -> list[float]:
     """Microseconds of each round.
 
-    `arguments`: for zmqbus, the bus; `seed`: the inbox of a forwarder on it. `listens`: for raw sockets, whether a third
-    process subscribes to both as well.
+    `arguments`: for zmqbus, the bus; `seed`: the inbox of a forwarder on it. `listens`: for raw sockets, whether a
+    third process subscribes to both as well.
     """
     with Crew() as crew:
         pong = crew.start(f"bench.roundtrip:{face}_pong", **arguments)
