@@ -337,3 +337,33 @@ def test_a_forked_child_is_told(bus: str, forwarder: Running, writer: zmqbus.Nod
     done = subprocess.run([sys.executable, "-c", FORKER, bus], capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout) == [0, 1]
     assert cursors(forwarder) == {"name": 1}
+
+
+def test_who_is_gone_reads_no_more(forwarder: Running, writer: zmqbus.Node, bus: str) -> None:
+    """Its cursor is nobody's then: it may be forgotten, and status does not say that somebody reads."""
+
+    def held() -> dict[str, bool]:
+        async def ask() -> dict[str, bool]:
+            return {name: is_read for name, _, is_read in forwarder.forwarder.cursors()}
+
+        return forwarder.call(ask())
+
+    with zmqbus.Node("leaves", bus=bus) as node:
+        known_to(node)
+        node.subscribe("a", durable="left")
+        assert held() == {"left": True}
+    eventually(lambda: held() == {"left": False})
+    program = (
+        "import sys, zmqbus\n"
+        f"node = zmqbus.Node('killed', bus={bus!r})\n"
+        "node.wait_for_peers(2, 20)\n"
+        "subscription = node.subscribe('a', durable='killed')\n"
+        "print('reading', flush=True)\n"
+        "subscription.get(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        assert held() == {"left": False, "killed": True}
+        process.kill()
+    eventually(lambda: held() == {"left": False, "killed": False})

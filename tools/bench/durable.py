@@ -27,6 +27,7 @@ COUNT = 1_000_000
 IN_FLIGHT = 2000  # durable publishes one after the other
 BATCH = 1000  # records to a sync, of the disk alone
 ROUNDS = 2000
+PAUSE = 0.0005  # seconds between two of them
 QUICK = 20  # times fewer
 CONNECT_S = 20.0
 ACKED_S = 60.0
@@ -39,7 +40,7 @@ def measure(directory: str | None, runs: int, quick: bool, progress: Progress) -
     """One table. `directory`: on the disk to be measured."""
     count, flights, rounds = (number // (QUICK if quick else 1) for number in (COUNT, IN_FLIGHT, ROUNDS))
     live, raw_disk, raw_sync = [], [], []
-    one, four, alone, apart, beside = [], [], [], [], []
+    one, four, alone, apart, beside, raw_apart, raw_beside = [], [], [], [], [], [], []
     for number in range(runs):
         progress(f"durable: run {number + 1}/{runs}")
         live.append(live_rate(count))
@@ -58,6 +59,8 @@ def measure(directory: str | None, runs: int, quick: bool, progress: Progress) -
             forwarder = crew.start("bench.durable:forwarder", path=path, bus=bus)
             endpoint = forwarder.hear()["endpoint"]
             beside.append(percentile(_live_round_trip(rounds, bus, endpoint), 50))
+        raw_apart.append(percentile(roundtrip.run("raw", rounds, PAUSE), 50))
+        raw_beside.append(percentile(roundtrip.run("raw", rounds, PAUSE, listens=True), 50))
     return [
         Table(
             "durable publishing through a forwarder",
@@ -66,18 +69,9 @@ def measure(directory: str | None, runs: int, quick: bool, progress: Progress) -
                 Line("pipelined, 1 publisher", "/s", one, live, "live", budget=Budget("ratio", at_least=SHARE)),
                 Line("the same", "/s", one, raw_disk, f"disk, {BATCH} to a sync", budget=Budget("value", RATE)),
                 Line("pipelined, 4 publishers", "/s", four, one, "1 publisher", budget=Budget("ratio", at_least=1.0)),
-                Line(
-                    "one in flight, p50",
-                    "µs",
-                    alone,
-                    raw_sync,
-                    "append, fdatasync",
-                    True,
-                    Budget("ratio", None, LATENCY),
-                ),
-                Line(
-                    "live round trip, p50", "µs", beside, apart, "no forwarder", True, Budget("ratio", None, PRESENCE)
-                ),
+                Line("one in flight, p50", "µs", alone, raw_sync, "append, fdatasync", budget=_at_most(LATENCY)),
+                Line("live round trip, p50", "µs", beside, apart, "no forwarder", budget=_at_most(PRESENCE)),
+                Line("raw round trip, one more SUB", "µs", raw_beside, raw_apart, "no such"),
             ],
         )
     ]
@@ -163,7 +157,7 @@ def _one_in_flight(crew: Crew, path: str, flights: int) -> list[float]:
 def _live_round_trip(rounds: int, bus: str | None = None, endpoint: str | None = None) -> list[float]:
     """At a low rate; with a forwarder that claims both topics, if there is one."""
     more: dict[str, Any] = {"seed": endpoint} if endpoint is not None else {}
-    return roundtrip.run("node", rounds, 0.0005, bus=bus or f"bench-{secrets.token_hex(4)}", **more)
+    return roundtrip.run("node", rounds, PAUSE, bus=bus or f"bench-{secrets.token_hex(4)}", **more)
 
 
 # --- tasks ---------------------------------------------------------------------------------------

@@ -61,14 +61,21 @@ def measure(faces: Iterable[str], runs: int, quick: bool, progress: Progress) ->
     return [table]
 
 
-def run(face: str, rounds: int, pause: float, **arguments: Any) -> list[float]:
-    """Microseconds of each round. `arguments`: for zmqbus, the bus; `seed`: the inbox of a forwarder on it."""
+def run(face: str, rounds: int, pause: float, listens: bool = False, **arguments: Any) -> list[float]:
+    """Microseconds of each round.
+
+    `arguments`: for zmqbus, the bus; `seed`: the inbox of a forwarder on it. `listens`: for raw sockets, whether a
+    third process subscribes to both as well.
+    """
     with Crew() as crew:
         pong = crew.start(f"bench.roundtrip:{face}_pong", **arguments)
         endpoint = pong.hear()["endpoint"]
         ping = crew.start(f"bench.roundtrip:{face}_ping", endpoint=endpoint, rounds=rounds, pause=pause, **arguments)
         if not arguments:  # a raw pong must be told where to connect to
-            pong.tell(endpoint=ping.hear()["endpoint"])
+            own = ping.hear()["endpoint"]
+            if listens:
+                crew.start("bench.roundtrip:raw_listener", endpoints=[endpoint, own]).hear()
+            pong.tell(endpoint=own)
         times: list[float] = ping.hear()["times"]
         return times
 
@@ -92,6 +99,17 @@ def raw_pong(parent: Parent) -> None:
     sub.connect(order["endpoint"])
     while True:
         pub.send(sub.recv())
+
+
+def raw_listener(parent: Parent, endpoints: list[str]) -> None:
+    """One more subscriber, which does nothing with what it gets."""
+    sub = zmq.Context().socket(zmq.SUB)
+    sub.subscribe(b"")
+    for endpoint in endpoints:
+        sub.connect(endpoint)
+    parent.tell(ready=True)
+    while True:
+        sub.recv()
 
 
 def raw_ping(parent: Parent, endpoint: str, rounds: int, pause: float) -> None:

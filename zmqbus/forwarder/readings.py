@@ -105,6 +105,12 @@ class Readings:
         for reading in list(self._readings.values()):
             self._step(reading)
 
+    def left(self, origin: int) -> None:
+        """A node is no longer there; should it be back, it asks anew."""
+        for key, reading in list(self._readings.items()):
+            if key[0] == origin:
+                self._end(reading)
+
     def cursors(self) -> list[tuple[str, int, bool]]:
         """Name, offset, and whether somebody reads under it."""
         return [(name, c.offset, name in self._holders) for name, c in self._journal.cursors.all().items()]
