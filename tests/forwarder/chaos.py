@@ -3,7 +3,8 @@
     outcome = run(seed, folder, kills=100)       # in a process that has no threads and no sockets: it forks
     outcome.report.raise_if_broken()
 
-or, as a process of its own, `python -m tests.forwarder.chaos FOLDER SEED KILLS`, which prints the outcome as JSON.
+or, as a process of its own, `python -m tests.forwarder.chaos FOLDER SEED KILLS`, which prints the outcome
+as JSON.
 
 The **director** forks a process for each role (chaos_roles.py), and then, as its seed has it, kills them with -9, one
 after the other, and starts them anew on what they have left on their disks: at once, or after a while; often again
@@ -37,10 +38,12 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import pytest
 from chaos_roles import (
     CONSUMING,
     FINALE,
@@ -104,8 +107,8 @@ class Director:
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.seed = seed
-        self.rng = rng = Random(seed)
-        claims = rng.choice((EVERYTHING, EVERYTHING, SHARED, TWINS))
+        self.rng = Random(seed)
+        claims = (EVERYTHING, SHARED, TWINS)[seed % 3]
         self.world = World(folder, f"chaos-{secrets.token_hex(6)}", seed, claims, claims is TWINS, Stage())
         self.stage = self.world.stage
         self.roles = [Role(name, "forwarder", 0.35 / len(claims), store) for name in claims]
@@ -138,7 +141,7 @@ class Director:
             code = 1
             try:
                 os.dup2(os.open(self.path(role, "stderr"), os.O_WRONLY | os.O_CREAT, 0o600), 2)
-                ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() == parent:
                     life.begin()
                     role.work(life)
@@ -360,9 +363,12 @@ def run(seed: int, folder: Path, kills: int) -> Outcome:
     return Outcome(seed, director.kills, director.stops, director.leaves, seconds, reports, complaints)
 
 
-def main(folder: str, seed: str, kills: str) -> None:
-    """The process: prints the outcome."""
+def main(folder: str, seed: str, kills: str, sabotage: str = "") -> None:
+    """The process: prints the outcome, and dies with whoever wants it. `sabotage`: one of sabotages.py."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # children inherit this, until they look for it
+    if sabotage:
+        getattr(import_module("sabotages"), sabotage)(pytest.MonkeyPatch())
     try:
         outcome = run(int(seed), Path(folder), int(kills))
     except Ended as error:
