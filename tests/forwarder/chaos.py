@@ -8,10 +8,11 @@ as JSON.
 
 The **director** forks a process for each role (chaos_roles.py), and then, as its seed has it, kills them with -9, one
 after the other, and starts them anew on what they have left on their disks: at once, or after a while; often again
-before they are up; stopped ones as well. Some are only stopped, for a moment or for so long that all others take them
-for lost. After the last kill everybody comes to an end in good order: publishers when all they have published is
-durable and their outboxes are empty, then consumers when they have read all there is, then forwarders. What must hold
-then is said by history_checker.py, and here:
+before they are up; stopped ones as well. Now and then one kills itself, the moment it was told something. Some are only
+stopped, for a moment or for so long that all others take them for lost, and some are told to leave in good order. After
+the last kill everybody comes to an end: publishers when all they have published is durable and their outboxes are
+empty, then consumers when they have read all there is, then forwarders. What must hold then is said by
+history_checker.py, and here:
 
 - every process that was not killed has ended well, and none has complained on its stderr;
 - all that is journaled, on topics that a consumer wants, has been given to it.
@@ -172,7 +173,13 @@ class Director:
             pid, status = os.waitpid(role.pid, os.WNOHANG)
             if pid:
                 role.pid = 0
-                if status:
+                if status == signal.SIGKILL:  # by its own hand
+                    self.kills[role.kind] += 1
+                    if self.stage.act == PUBLISHING:
+                        self.later(0.05, partial(self.start, role))
+                    else:
+                        self.start(role)
+                elif status:
                     reason = self.path(role, "stderr").read_text()
                     raise Ended(f"{role.name}, life {role.lives}, has ended with status {status}: {reason}")
         return bool(role.pid)
@@ -216,7 +223,9 @@ class Director:
         """One deed; and see to the next."""
         rng = self.rng
         self.later(rng.expovariate(1 / STEP), self.step)
-        (role,) = rng.choices(self.roles, [role.weight for role in self.roles])
+        for role in self.roles:
+            self.look(role)
+        (role,) = rng.choices(self.roles, [each.weight for each in self.roles])
         deed, seconds, age = rng.random(), rng.random(), rng.uniform(0, YOUNG)
         if deed < 0.15:
             self.stop(role, 1.5 * seconds)
@@ -245,14 +254,14 @@ class Director:
             work()
         for role in self.roles:
             self.go_on(role, role.lives)
-        self.wait([role for role in self.roles if role.leaving])
-        for role in self.roles:
-            if not self.look(role):
-                self.start(role)
 
     def finish(self) -> None:
         """Everybody comes to an end, publishers first."""
         self.stage.act = CONSUMING
+        self.wait([role for role in self.roles if role.leaving])
+        for role in self.roles:
+            if not self.look(role):
+                self.start(role)
         self.wait(self.of("publisher", "outbox"))
         given = Given(self.world.folder)
         wanted = wishes(self.world)

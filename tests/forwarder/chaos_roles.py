@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -35,6 +36,7 @@ TOPICS = ("logs.a", "logs.b", "metrics.cpu", "metrics.mem")
 SEGMENT_BYTES = 1 << 20  # of journals, so that segments change while processes are killed
 OUTBOX_BYTES = 16 << 20
 FINALE = 60.0  # seconds for what must succeed once nobody is killed any more
+SUICIDE = 0.003  # of the times that a process was just told something, it is killed then
 PACE = 0.04  # seconds at most between two actions of a publisher
 
 
@@ -108,6 +110,11 @@ class Life:
     def is_consuming(self) -> bool:
         """The same."""
         return self.stage.act <= CONSUMING and not self.leaving
+
+    def perhaps_die(self) -> None:
+        """By our own hand, where an instant is of interest that the director would hardly ever hit."""
+        if self.is_publishing and self.rng.random() < SUICIDE:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def recorder(self) -> Recorder:
         return Recorder(self.world.folder / f"{self.role}-{self.number:04}.jsonl")
@@ -222,6 +229,7 @@ def _publish(life: Life, recorder: Recorder, outbox: bool) -> bool:
                 return False
             account.done(topic, seq)
             account.acked(topic, seq)
+            life.perhaps_die()
             return True
 
         def flush(timeout: float) -> None:
@@ -229,6 +237,7 @@ def _publish(life: Life, recorder: Recorder, outbox: bool) -> bool:
             with contextlib.suppress(NotDurable):
                 node.flush(timeout)
                 account.flushed(upto)
+                life.perhaps_die()
 
         def one_by_one(topic: str) -> None:
             for _ in range(rng.randint(1, 10)):
@@ -286,6 +295,7 @@ async def _publish_async(life: Life, recorder: Recorder, outbox: bool) -> bool:
                 account.failed(topic, error.seq)
                 return False
             account.acked(topic, seq)
+            life.perhaps_die()
             return True
 
         async def flush(timeout: float) -> None:
@@ -394,6 +404,7 @@ def _consume(life: Life, open_diary: Callable[[], Diary], cursor: str, patterns:
                     with contextlib.suppress(WaitTimeout):
                         subscription.commit(rng.choice((0.01, 1.0, 5.0)))
                         diary.committed(diary.reached())
+                        life.perhaps_die()
             if rng.random() < 0.5:
                 with contextlib.suppress(WaitTimeout):
                     subscription.commit(2.0)
