@@ -49,6 +49,7 @@ from chaos_roles import (
     CONSUMING,
     FINALE,
     OVER,
+    PUBLISHING,
     STORING,
     Life,
     Stage,
