@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forwarder.conftest import meet
 from tests.forwarder.forwarders import ForwarderProcess, running, seqs, stored
 from zmqbus import AsyncNode, BufferFull, Node, NotDurable, SetupError, Warned
 from zmqbus.errors import JournalLocked, JournalUnavailable
@@ -191,3 +192,23 @@ def test_in_asyncio(tmp_path: Path, bus: str) -> None:
 
     origin = asyncio.run(run())
     assert seqs(tmp_path / "outbox", "a", origin) == list(range(1, 501))
+
+
+def test_what_was_published_before_the_first_durable_message_is_not_taken_for_acknowledged(
+    tmp_path: Path, bus: str
+) -> None:
+    """The outbox acknowledges it, as it does all that comes before a message it has. So it has to have it."""
+    with (
+        ForwarderProcess(tmp_path / "journal", bus=bus) as forwarder,
+        node(bus, tmp_path, history_bytes=0) as publisher,
+    ):
+        meet(publisher, "a")
+        forwarder.stop()
+        for number in range(5):
+            publisher.publish("a", number)
+        publisher.publish("a", "durable", durable=True, timeout=PATIENCE)
+        publisher.flush(PATIENCE)
+        assert seqs(tmp_path / "outbox", "a", publisher.origin) == [2, 3, 4, 5, 6, 7]
+        forwarder.go_on()
+        wait_for(lambda: publisher.statistics()["outbox_undelivered"] == 0)
+        assert seqs(tmp_path / "journal", "a", publisher.origin) == [2, 3, 4, 5, 6, 7]  # 1 came before the claim

@@ -1,9 +1,10 @@
 """The outbox: a publisher's own small journal, from which its durable messages survive it, under the same ids.
 
-A stream is kept in it from its first durable message on, whole. Being on this disk is as good as being on that of a
-forwarder: the outbox acknowledges like one. What it holds is handed over when a forwarder is there: of this run in the
-ordinary way, live and by FETCH; of earlier runs by an OFFER, after which the forwarder fetches. What forwarders have
-acknowledged leaves it, oldest first: a cursor stands before the first message that they have not.
+A stream is kept in it from its first durable message on, whole, and with what the history has of it until then: who
+acknowledges a message does so for all before it. Being on this disk is as good as being on that of a forwarder: the
+outbox acknowledges like one. What it holds is handed over when a forwarder is there: of this run in the ordinary way,
+live and by FETCH; of earlier runs by an OFFER, after which the forwarder fetches. What forwarders have acknowledged
+leaves it, oldest first: a cursor stands before the first message that they have not.
 """
 
 from __future__ import annotations
@@ -112,11 +113,15 @@ class Outbox:
     # --- from publishers, under their lock -----------------------------------------------------------
 
     def keep(self, publisher: Publisher) -> None:
-        """From now on this stream is kept."""
+        """From now on this stream is kept, and what came before and not enough forwarders are known to have."""
         if not publisher.kept:
             publisher.kept = True
             ledger = self._outlet.ledger
-            ledger.claim(ledger.account(publisher.topic, publisher.shelf), self.journal.number)
+            account = ledger.account(publisher.topic, publisher.shelf)
+            ledger.claim(account, self.journal.number)
+            for first, end, parts, _ in publisher.shelf.entries:
+                if end > account.durable + 1:
+                    self.add(publisher, first, end - first, time_ns(), parts)
 
     def add(self, publisher: Publisher, first: int, count: int, time: int, parts: tuple[bytes, ...]) -> None:
         """A batch of a stream that is kept was sent."""
