@@ -18,6 +18,9 @@ from tests.forwarder.forwarders import ForwarderProcess, running, seqs, stored
 from zmqbus import AsyncNode, BufferFull, Node, NotDurable, SetupError, Warned
 from zmqbus.errors import JournalLocked, JournalUnavailable
 from zmqbus.journal import Journal
+from zmqbus.protocol import commands
+from zmqbus.protocol.commands import Command
+from zmqbus.protocol.frames import decode_batches
 
 PATIENCE = 20.0
 
@@ -212,3 +215,34 @@ def test_what_was_published_before_the_first_durable_message_is_not_taken_for_ac
         forwarder.go_on()
         wait_for(lambda: publisher.statistics()["outbox_undelivered"] == 0)
         assert seqs(tmp_path / "journal", "a", publisher.origin) == [2, 3, 4, 5, 6, 7]  # 1 came before the claim
+
+
+def test_the_disk_does_not_answer_for_what_is_in_memory(tmp_path: Path, bus: str) -> None:
+    """What a FETCH is not given, its sender takes for lost."""
+    with node(bus, tmp_path, history_bytes=10_000) as publisher, Node("asker", bus=bus) as asker:
+        for number in range(50):
+            publisher.publish("a", b"%1000d" % number)
+            publisher.flush()
+        outlet = publisher._engine.outlet
+        outlet.claimed(7, ["a"])
+        outlet.acked(7, [(b"a", 50)], False)  # so the outbox need not have them
+        publisher.publish("a", "durable", durable=True, timeout=PATIENCE)
+        assert seqs(tmp_path / "outbox", "a", publisher.origin) == [51]
+        in_memory = [first for first, *_ in outlet.publishers["a"].shelf.entries]
+        assert 1 < in_memory[0] < 50
+        asker.wait_for_peers(1, PATIENCE)
+
+        async def fetch(first: int) -> Command | None:
+            link = asker._engine.peering.links[publisher.origin]
+            return await link.question(commands.Fetch(b"a", publisher.origin, first, 51), PATIENCE)
+
+        found: list[int] = []
+        first = 1
+        while first <= 51:
+            answer = asyncio.run_coroutine_threadsafe(fetch(first), asker._loop).result(PATIENCE)
+            assert answer is not None
+            assert isinstance(answer.body, commands.Batches)
+            assert answer.body.last >= first
+            found += [batch.first for batch in decode_batches(answer.batches)]
+            first = answer.body.last + 1
+        assert found == in_memory

@@ -205,12 +205,12 @@ class Outbox:
             for at in range(0, len(heads), HEADS_PER_COMMAND):
                 self._offer(Offer(origin, heads[at : at + HEADS_PER_COMMAND]))
 
-    def serve(self, inbox: Inbox, identity: bytes, command: Command) -> bool:
-        """Answer a FETCH from the disk, if what it begins with is there."""
+    def serve(self, inbox: Inbox, identity: bytes, command: Command, upto: int) -> bool:
+        """Answer a FETCH from the disk, if what it begins with is there. Nothing is said of messages beyond `upto`."""
         body = command.body
         if not isinstance(body, commands.Fetch):
             return False
-        upto = self.journal.head(body.topic, body.origin).durable
+        upto = min(upto, self.journal.head(body.topic, body.origin).durable)
         if upto < body.first:
             return False
         answer = answer_fetch(self.journal, self._reading, inbox, identity, command.request, body, upto)
