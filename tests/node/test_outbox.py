@@ -246,3 +246,17 @@ def test_the_disk_does_not_answer_for_what_is_in_memory(tmp_path: Path, bus: str
             found += [batch.first for batch in decode_batches(answer.batches)]
             first = answer.body.last + 1
         assert found == in_memory
+
+
+def test_forwarders_may_be_behind_one_another(tmp_path: Path, bus: str) -> None:
+    """What the slower one acknowledges, another has already."""
+
+    async def run() -> None:
+        async with AsyncNode(bus=bus, outbox=tmp_path / "outbox") as publisher:
+            await publisher.publish("a", 1, durable=True, timeout=PATIENCE)
+            outbox = publisher._engine._outbox
+            assert outbox is not None
+            for journal, seq in ((7, 10), (8, 5), (7, 9), (8, 10)):
+                outbox.delivered(journal, publisher.origin, [(b"a", seq), (b"b", seq)])
+
+    asyncio.run(run())

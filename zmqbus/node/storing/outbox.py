@@ -192,7 +192,8 @@ class Outbox:
         for topic, seq in heads:
             by_journal = self._heads.setdefault((topic, origin), {})
             by_journal[journal] = max(seq, by_journal.get(journal, 0))
-            if self._left.get((topic, origin), seq + 2) <= self._delivered((topic, origin)) + 1:
+            following = self._left.get((topic, origin))
+            if following is not None and following <= self._delivered((topic, origin)) + 1:
                 del self._left[topic, origin]
         self._moved.set()
 
