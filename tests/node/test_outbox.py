@@ -260,3 +260,24 @@ def test_forwarders_may_be_behind_one_another(tmp_path: Path, bus: str) -> None:
                 outbox.delivered(journal, publisher.origin, [(b"a", seq), (b"b", seq)])
 
     asyncio.run(run())
+
+
+def test_an_outbox_that_was_full_goes_on_behind_what_forwarders_took_meanwhile(tmp_path: Path, bus: str) -> None:
+    async def run() -> None:
+        async with AsyncNode(bus=bus, outbox=tmp_path / "outbox", history_bytes=0) as publisher:
+            await publisher.publish("a", 1, durable=True, timeout=PATIENCE)
+            engine = publisher._engine
+            outbox, outlet = engine._outbox, engine.outlet
+            assert outbox is not None
+            outbox._committer.full = True
+            outbox._room(True)
+            await publisher.publish("a", 2)
+            outlet.flush_all()
+            outlet.claimed(7, ["a"])
+            outlet.acked(7, [(b"a", 2)], False)  # and so it is in no history
+            outbox._committer.full = False
+            outbox._room(False)
+            assert await publisher.publish("a", 3, durable=True, timeout=PATIENCE) == 3
+            assert seqs(tmp_path / "outbox", "a", publisher.origin) == [1, 3]
+
+    asyncio.run(run())

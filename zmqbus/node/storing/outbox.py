@@ -144,17 +144,20 @@ class Outbox:
         try:
             while self._fresh and not self._committer.full:
                 publisher, first, count, time, parts = self._fresh.popleft()
-                self._append(publisher.prefix[:-1], first, count, time, parts)
+                self._append(publisher, first, count, time, parts)
         except NoSpace:
             self._committer.check_room()
         except JournalError as error:
             self._failed(error)
 
-    def _append(self, topic: bytes, first: int, count: int, time: int, parts: tuple[bytes, ...]) -> None:
+    def _append(self, publisher: Publisher, first: int, count: int, time: int, parts: tuple[bytes, ...]) -> None:
+        topic = publisher.prefix[:-1]
         frame, *external = parts
-        payload = memoryview(frame)[len(topic) + 1 :]
+        payload = memoryview(frame)[len(publisher.prefix) :]
         begins = (topic, self._origin) not in self.journal.known
-        self.journal.append(topic, self._origin, first, count, time, payload, *external, allow_gap=begins)
+        account = self._outlet.ledger.accounts[publisher.topic]
+        spared = account.durable >= first - 1  # while there was no room, forwarders have taken what is missing here
+        self.journal.append(topic, self._origin, first, count, time, payload, *external, allow_gap=begins or spared)
 
     def _committed(self, commit: Commit) -> None:
         heads = [(topic.decode(), seq) for topic, origin, seq in commit.acked if origin == self._origin]
@@ -175,7 +178,7 @@ class Outbox:
                     topic = publisher.prefix[:-1]
                     for first, end, parts, _ in publisher.shelf.entries:
                         if first >= self.journal.expected(topic, self._origin):
-                            self._append(topic, first, end - first, time_ns(), parts)
+                            self._append(publisher, first, end - first, time_ns(), parts)
             except NoSpace:
                 self._loop.call_soon(self._committer.check_room)
         self._committer.pump()
