@@ -173,20 +173,20 @@ class Inflow:
         self._urgent = now() < self._attentive_until
         self.committer.pump(self._urgent)
         self._stopped = ingest.is_behind  # the next commit goes on here
-        delay = self._delay(ingest)
+        pause = self._pause(ingest)
+        delay, due = pause, ingest.timer()
+        if pause is None and due is not None:  # a hole is to be seen to, perhaps much later than something arrives
+            delay = max(RELAXED, due - now())
         if delay is not None and not self._stopped:
             self._look = self._loop.call_later(delay, self._drain)
-        self._watch(delay is None and not self._stopped)
+        self._watch(pause is None and not self._stopped)
         self._tell()
 
-    def _delay(self, ingest: Ingest) -> float | None:
-        """Until the next look; None: until something arrives."""
+    def _pause(self, ingest: Ingest) -> float | None:
+        """Until the next look, whatever arrives; None: as soon as something does."""
         if ingest.has_more:
             return 0.0
-        if 0 < ingest.taken <= RELAXED_BATCHES and not self._urgent:
-            return RELAXED
-        due = ingest.timer()
-        return None if due is None else max(RELAXED, due - now())
+        return RELAXED if 0 < ingest.taken <= RELAXED_BATCHES and not self._urgent else None
 
     # --- back --------------------------------------------------------------------------------------
 
