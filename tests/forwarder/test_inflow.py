@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 from tests.forwarder.conftest import SOON, meet
 from tests.forwarder.forwarders import Running
 from tests.node.conftest import eventually, on_loop
 from zmqbus import Node
+from zmqbus.errors import JournalFailed
+from zmqbus.forwarder.inflow import Inflow
+from zmqbus.forwarder.ingest import Ingest
+from zmqbus.journal import Journal
+from zmqbus.node.engine import Engine
 
 
 def test_others_need_not_wait_while_a_hole_waits_for_its_publisher(journal: Path, bus: str, forwarder: Running) -> None:
@@ -22,3 +30,39 @@ def test_others_need_not_wait_while_a_hole_waits_for_its_publisher(journal: Path
         for number in range(5):
             node.publish("a", number, durable=True, timeout=SOON)
         assert time.monotonic() - start < 5
+
+
+class Broken:
+    """As much of an `Ingest` as is needed to find the journal broken, again and again."""
+
+    closed = None
+    takes = 0
+
+    def take(self, patience_ms: int) -> None:
+        self.takes += 1
+        raise JournalFailed("write", "segment", 5, "Input/output error")
+
+
+def test_a_broken_journal_is_the_end_however_much_waits_in_the_socket() -> None:
+    """Who is told stops the inflow, which takes what has arrived first, and finds the journal broken once more."""
+    loop = asyncio.new_event_loop()
+    told: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        told.append(error)
+        inflow.stop()
+
+    inflow = Inflow(
+        cast(Journal, SimpleNamespace(number=7, expected=None)),
+        cast(Engine, SimpleNamespace(dispose=lambda ingest: None)),
+        [">"],
+        loop,
+        failed,
+    )
+    ingest = Broken()
+    inflow._ingest = cast(Ingest, ingest)
+    inflow._drain()
+    assert ingest.takes == 1
+    assert len(told) == 1
+    assert inflow._ingest is None
+    loop.close()

@@ -165,6 +165,7 @@ class Inflow:
             self.committer.check_room()
             return
         except JournalError as error:
+            self._stopped = True  # for good: who is told of it stops us, and not one frame after the other
             self._on_failure(error)
             return
         if ingest.asked:
