@@ -14,11 +14,12 @@ from tests.forwarder.conftest import SOON, meet
 from tests.forwarder.forwarders import Running, seqs
 from tests.node.conftest import eventually, on_loop
 from zmqbus import Node
-from zmqbus.errors import JournalFailed, NoSpace
+from zmqbus.errors import JournalError, JournalFailed, NoSpace, NotDurable
 from zmqbus.forwarder.inflow import Inflow
 from zmqbus.forwarder.ingest import Ingest
 from zmqbus.journal import Journal
 from zmqbus.node.engine import Engine
+from zmqbus.node.storing.committer import Committer
 from zmqbus.protocol.frames import Batch
 
 
@@ -35,40 +36,65 @@ def test_others_need_not_wait_while_a_hole_waits_for_its_publisher(journal: Path
         assert time.monotonic() - start < 5
 
 
-class Broken:
-    """As much of an `Ingest` as is needed to find the journal broken, again and again."""
+class Refusing:
+    """As much of an `Ingest` as is needed to hear from the journal, again and again, that it takes nothing."""
 
     closed = None
-    takes = 0
+
+    def __init__(self, error: JournalError) -> None:
+        self.error = error
+        self.takes = 0
 
     def take(self, patience_ms: int) -> None:
         self.takes += 1
-        raise JournalFailed("write", "segment", 5, "Input/output error")
+        raise self.error
+
+
+class Bench:
+    """An inflow of which nothing is real but itself, stopped by who is told of a failure."""
+
+    def __init__(self, error: JournalError) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.told: list[BaseException] = []
+        self.events: list[object] = []
+        self.pumped = 0
+        journal = cast(Journal, SimpleNamespace(number=7, expected=None))
+        engine = cast(Engine, SimpleNamespace(dispose=lambda ingest: None, emit=self.events.append))
+        self.inflow = Inflow(journal, engine, [">"], self.loop, self.failed)
+        self.inflow.committer = cast(
+            Committer, SimpleNamespace(full=False, check_room=lambda: None, pump=lambda urgent: self.pump())
+        )
+        self.ingest = Refusing(error)
+        self.inflow._ingest = cast(Ingest, self.ingest)
+
+    def failed(self, error: BaseException) -> None:
+        self.told.append(error)
+        self.inflow.stop()
+
+    def pump(self) -> None:
+        self.pumped += 1
 
 
 def test_a_broken_journal_is_the_end_however_much_waits_in_the_socket() -> None:
     """Who is told stops the inflow, which takes what has arrived first, and finds the journal broken once more."""
-    loop = asyncio.new_event_loop()
-    told: list[BaseException] = []
+    bench = Bench(JournalFailed("write", "segment", 5, "Input/output error"))
+    bench.inflow._drain()
+    assert bench.ingest.takes == 1
+    assert len(bench.told) == 1
+    assert bench.inflow._ingest is None
+    bench.loop.close()
 
-    def failed(error: BaseException) -> None:
-        told.append(error)
-        inflow.stop()
 
-    inflow = Inflow(
-        cast(Journal, SimpleNamespace(number=7, expected=None)),
-        cast(Engine, SimpleNamespace(dispose=lambda ingest: None)),
-        [">"],
-        loop,
-        failed,
-    )
-    ingest = Broken()
-    inflow._ingest = cast(Ingest, ingest)
-    inflow._drain()
-    assert ingest.takes == 1
-    assert len(told) == 1
-    assert inflow._ingest is None
-    loop.close()
+def test_what_is_behind_a_stream_too_many_is_looked_at() -> None:
+    bench = Bench(NoSpace("journal", "it keeps track of 2 streams already"))
+    bench.inflow._drain()
+    for _ in range(3):
+        bench.loop.run_until_complete(asyncio.sleep(0))
+    assert bench.ingest.takes >= 3
+    assert bench.pumped == bench.ingest.takes  # what was taken before it
+    assert len(bench.events) == 1
+    assert not bench.told
+    bench.loop.close()
 
 
 def test_what_a_full_journal_refuses_is_not_taken_for_lost(journal: Path, bus: str, forwarder: Running) -> None:
@@ -96,3 +122,21 @@ def test_what_a_full_journal_refuses_is_not_taken_for_lost(journal: Path, bus: s
         assert not ingest.gaps
         node.publish("a", "second", durable=True, timeout=SOON)
         assert seqs(journal, "a", node.origin) == [1, 2]
+
+
+def test_one_stream_too_many_does_not_stop_the_others(journal: Path, bus: str, forwarder: Running) -> None:
+    with Node("publisher", bus=bus) as node:
+        meet(node, "a", "b")
+        store = forwarder.forwarder._store
+        assert store is not None
+        store._streams._streams_max = len(store.known)
+        for number in range(50):
+            node.publish("c", number)
+            node.publish("a", number)
+        for number in range(5):
+            node.publish("c", number)
+            node.publish("b", number, durable=True, timeout=SOON)
+        with pytest.raises(NotDurable):
+            node.publish("c", "in vain", durable=True, timeout=0.2)
+        assert seqs(journal, "a", node.origin) == list(range(1, 52))
+        assert not seqs(journal, "c", node.origin)

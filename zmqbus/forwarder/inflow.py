@@ -64,6 +64,7 @@ class Inflow:
         self._attentive_until = 0.0
         self._urgent = False
         self._watching = False
+        self._refuses_streams = False  # and has said so
         self._stopped = False  # until the disk has caught up
 
     def start(self) -> None:
@@ -161,8 +162,10 @@ class Inflow:
             return
         try:
             ingest.take(0)
-        except NoSpace:
+        except NoSpace as error:
             self.committer.check_room()
+            if not self.committer.full:  # for one stream more: with those that are known it goes on
+                self._refuse_streams(error)
             return
         except JournalError as error:
             self._stopped = True  # for good: who is told of it stops us, and not one frame after the other
@@ -188,6 +191,13 @@ class Inflow:
         if ingest.has_more:
             return 0.0
         return RELAXED if 0 < ingest.taken <= RELAXED_BATCHES and not self._urgent else None
+
+    def _refuse_streams(self, reason: NoSpace) -> None:
+        if not self._refuses_streams:
+            self._refuses_streams = True
+            self._engine.emit(Warned(f"{reason}; nothing is accepted of others"))
+        self.committer.pump(self._urgent)
+        self._look_now()
 
     # --- back --------------------------------------------------------------------------------------
 
