@@ -21,6 +21,7 @@ from zmqbus.journal import Journal
 from zmqbus.node.engine import Engine
 from zmqbus.node.storing.committer import Committer
 from zmqbus.protocol.frames import Batch
+from zmqbus.protocol.streams.stream import Gap
 
 
 def test_others_need_not_wait_while_a_hole_waits_for_its_publisher(journal: Path, bus: str, forwarder: Running) -> None:
@@ -140,3 +141,22 @@ def test_one_stream_too_many_does_not_stop_the_others(journal: Path, bus: str, f
             node.publish("c", "in vain", durable=True, timeout=0.2)
         assert seqs(journal, "a", node.origin) == list(range(1, 52))
         assert not seqs(journal, "c", node.origin)
+
+
+def test_what_a_publisher_left_is_taken_before_it_is_forgotten(bus: str, forwarder: Running) -> None:
+    """What becomes ready in the very moment in which its stream would be dropped."""
+    ingest = forwarder.forwarder._inflow._ingest
+    assert ingest is not None
+    order: list[str] = []
+
+    def drain() -> None:
+        ingest._calm_mark, ingest._calm_at = ingest.messages, 0.0
+        ingest._afterwards.append(lambda: order.append("forgotten"))
+        ingest.tracker.ready.append(Gap("a", 0xDEAD, 1, 2))
+        assert ingest._drained()
+        order.append("taken")
+        assert not ingest.take(0)
+
+    on_loop(forwarder, drain)
+    assert order == ["taken", "forgotten"]
+    assert list(ingest.gaps) == [Gap("a", 0xDEAD, 1, 2)]

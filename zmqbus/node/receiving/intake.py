@@ -305,7 +305,7 @@ class Intake:
             for origin in [origin for origin in self._leaving if not self.tracker.behind(origin)]:
                 self._leaving.discard(origin)
                 self._driver.settled(self, origin)
-        if self._afterwards:
+        if self._afterwards and not self.tracker.ready:
             if self.messages != self._calm_mark:
                 self._calm_mark, self._calm_at = self.messages, now() + CALM
             if now() >= self._calm_at:
