@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from zmqbus.forwarder.inflow import Inflow
 from zmqbus.forwarder.ingest import Ingest
 from zmqbus.journal import Journal
 from zmqbus.node.engine import Engine
+from zmqbus.node.receiving.intake import CALM
 from zmqbus.node.storing.committer import Committer
 from zmqbus.protocol.frames import Batch
 from zmqbus.protocol.streams.stream import Gap
@@ -141,6 +143,28 @@ def test_one_stream_too_many_does_not_stop_the_others(journal: Path, bus: str, f
             node.publish("c", "in vain", durable=True, timeout=0.2)
         assert seqs(journal, "a", node.origin) == list(range(1, 52))
         assert not seqs(journal, "c", node.origin)
+
+
+def test_what_waits_for_an_empty_socket_does_not_wait_for_a_silent_bus(bus: str, forwarder: Running) -> None:
+    """A forwarder may never have a tenth of a second without a message; those who are gone are to be let go."""
+    with Node("publisher", bus=bus) as node:
+        meet(node, "a")
+        ingest = forwarder.forwarder._inflow._ingest
+        assert ingest is not None
+        over, done = threading.Event(), threading.Event()
+
+        def publish() -> None:
+            while not over.wait(CALM / 10):
+                node.publish("a", "x")
+
+        publisher = threading.Thread(target=publish)
+        publisher.start()
+        try:
+            on_loop(forwarder, lambda: ingest.when_drained(done.set))
+            assert done.wait(SOON)
+        finally:
+            over.set()
+            publisher.join()
 
 
 def test_what_a_publisher_left_is_taken_before_it_is_forgotten(bus: str, forwarder: Running) -> None:
