@@ -145,6 +145,26 @@ def test_one_stream_too_many_does_not_stop_the_others(journal: Path, bus: str, f
         assert not seqs(journal, "c", node.origin)
 
 
+def test_a_publisher_that_is_back_before_it_is_forgotten_is_not_forgotten(
+    journal: Path, bus: str, forwarder: Running
+) -> None:
+    """What is in the socket comes first, and so the forgetting may be late: nobody would ask for HEADS once more."""
+    with Node("publisher", bus=bus) as node:
+        meet(node, "a")
+        ingest = forwarder.forwarder._inflow._ingest
+        assert ingest is not None
+
+        def forget_and_meet_again() -> None:
+            ingest.forget(node.origin)
+            ingest.heads(node.origin, [(b"a", 2)], False)
+
+        on_loop(forwarder, forget_and_meet_again)
+        eventually(lambda: on_loop(forwarder, lambda: not ingest._inbox and not ingest._afterwards))
+        assert on_loop(forwarder, lambda: ingest.tracker.knows(node.origin))
+        node.publish("a", "second", durable=True, timeout=SOON)
+        assert seqs(journal, "a", node.origin) == [1, 2]
+
+
 def test_what_waits_for_an_empty_socket_does_not_wait_for_a_silent_bus(bus: str, forwarder: Running) -> None:
     """A forwarder may never have a tenth of a second without a message; those who are gone are to be let go."""
     with Node("publisher", bus=bus) as node:

@@ -103,6 +103,7 @@ class Intake:
         self._leaving: set[int] = set()
         self._afterwards: list[Callable[[], object]] = []  # when the socket is empty, and stays so
         self._calm_mark, self._calm_at, self._calm_by = -1, 0.0, 0.0
+        self._forgetting: set[int] = set()
         self._patience_ms = -1  # what RCVTIMEO is set to
         # How the frames of the last ordinary stream begin, up to their flags, and where their values do.
         self._stream, self._head, self._body = NO_STREAM
@@ -122,6 +123,7 @@ class Intake:
     def heads(self, origin: int, heads: list[tuple[bytes, int]], more: bool) -> None:
         """HEADS arrived. Done here and now: `subscribe` waits for it, and the consumer may not be there yet."""
         with self.gate.visit():
+            self._forgetting.discard(origin)  # it is back; what it published meanwhile is told here
             self.tracker.heads(origin, heads, more, now())
 
     def fetched(self, asked: Fetch, last: int, batches: Sequence[Batch]) -> None:
@@ -150,6 +152,7 @@ class Intake:
 
     def forget(self, origin: int) -> None:
         """A publisher will not come back. What it sent and was received is delivered before."""
+        self._forgetting.add(origin)
         self.post(lambda: self._when_drained(lambda: self._forget(origin)))
 
     def when_drained(self, work: Callable[[], object]) -> None:
@@ -324,6 +327,9 @@ class Intake:
         self._afterwards.append(work)
 
     def _forget(self, origin: int) -> None:
+        if origin not in self._forgetting:
+            return
+        self._forgetting.discard(origin)
         self.tracker.forget(origin)
         self._stream, self._head, self._body = NO_STREAM  # it may be one that is no longer tracked
 
