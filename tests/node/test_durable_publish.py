@@ -140,6 +140,20 @@ async def test_nobody_who_claims_it_async(bus: str, monkeypatch: pytest.MonkeyPa
         assert 0.4 <= time.monotonic() - start < 3
 
 
+@in_loop
+async def test_who_is_cancelled_waits_no_longer(bus: str) -> None:
+    """Nothing is left of those who give up again and again while nobody acknowledges."""
+    async with AsyncNode("publisher", bus=bus) as node:
+        outlet = node._engine.outlet
+        outlet.claimed(7, ["a"])
+        for _ in range(3):
+            for waiting in (node.publish("a", "x", durable=True), node.flush()):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(waiting, 0.05)
+        assert outlet.ledger.accounts["a"].waiting == []
+        outlet.acked(7, [(b"a", 3)], False)
+
+
 def test_a_timeout_shorter_than_the_patience_counts(bus: str) -> None:
     with Node("publisher", bus=bus) as node:
         start = time.monotonic()

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.forwarder.conftest import meet
 from tests.forwarder.forwarders import ForwarderProcess, running, seqs, stored
 from zmqbus import AsyncNode, BufferFull, Node, NotDurable, SetupError, Warned
 from zmqbus.errors import JournalLocked, JournalUnavailable
 from zmqbus.journal import Journal
 from zmqbus.protocol import commands
+from zmqbus.protocol.commands import Command
+from zmqbus.protocol.frames import decode_batches
 
 PATIENCE = 20.0
 
@@ -213,3 +216,89 @@ def test_in_asyncio(tmp_path: Path, bus: str) -> None:
 
     origin = asyncio.run(run())
     assert seqs(tmp_path / "outbox", "a", origin) == list(range(1, 501))
+
+
+def test_what_was_published_before_the_first_durable_message_is_not_taken_for_acknowledged(
+    tmp_path: Path, bus: str
+) -> None:
+    """The outbox acknowledges it, as it does all that comes before a message it has. So it has to have it."""
+    with (
+        ForwarderProcess(tmp_path / "journal", bus=bus) as forwarder,
+        node(bus, tmp_path, history_bytes=0) as publisher,
+    ):
+        meet(publisher, "a")
+        forwarder.stop()
+        for number in range(5):
+            publisher.publish("a", number)
+        publisher.publish("a", "durable", durable=True, timeout=PATIENCE)
+        publisher.flush(PATIENCE)
+        assert seqs(tmp_path / "outbox", "a", publisher.origin) == [2, 3, 4, 5, 6, 7]
+        forwarder.go_on()
+        wait_for(lambda: publisher.statistics()["outbox_undelivered"] == 0)
+        assert seqs(tmp_path / "journal", "a", publisher.origin) == [2, 3, 4, 5, 6, 7]  # 1 came before the claim
+
+
+def test_the_disk_does_not_answer_for_what_is_in_memory(tmp_path: Path, bus: str) -> None:
+    """What a FETCH is not given, its sender takes for lost."""
+    with node(bus, tmp_path, history_bytes=10_000) as publisher, Node("asker", bus=bus) as asker:
+        for number in range(50):
+            publisher.publish("a", b"%1000d" % number)
+            publisher.flush()
+        outlet = publisher._engine.outlet
+        outlet.claimed(7, ["a"])
+        outlet.acked(7, [(b"a", 50)], False)  # so the outbox need not have them
+        publisher.publish("a", "durable", durable=True, timeout=PATIENCE)
+        assert seqs(tmp_path / "outbox", "a", publisher.origin) == [51]
+        in_memory = [first for first, *_ in outlet.publishers["a"].shelf.entries]
+        assert 1 < in_memory[0] < 50
+        asker.wait_for_peers(1, PATIENCE)
+
+        async def fetch(first: int) -> Command | None:
+            link = asker._engine.peering.links[publisher.origin]
+            return await link.question(commands.Fetch(b"a", publisher.origin, first, 51), PATIENCE)
+
+        found: list[int] = []
+        first = 1
+        while first <= 51:
+            answer = asyncio.run_coroutine_threadsafe(fetch(first), asker._loop).result(PATIENCE)
+            assert answer is not None
+            assert isinstance(answer.body, commands.Batches)
+            assert answer.body.last >= first
+            found += [batch.first for batch in decode_batches(answer.batches)]
+            first = answer.body.last + 1
+        assert found == in_memory
+
+
+def test_forwarders_may_be_behind_one_another(tmp_path: Path, bus: str) -> None:
+    """What the slower one acknowledges, another has already."""
+
+    async def run() -> None:
+        async with AsyncNode(bus=bus, outbox=tmp_path / "outbox") as publisher:
+            await publisher.publish("a", 1, durable=True, timeout=PATIENCE)
+            outbox = publisher._engine._outbox
+            assert outbox is not None
+            for journal, seq in ((7, 10), (8, 5), (7, 9), (8, 10)):
+                outbox.delivered(journal, publisher.origin, [(b"a", seq), (b"b", seq)])
+
+    asyncio.run(run())
+
+
+def test_an_outbox_that_was_full_goes_on_behind_what_forwarders_took_meanwhile(tmp_path: Path, bus: str) -> None:
+    async def run() -> None:
+        async with AsyncNode(bus=bus, outbox=tmp_path / "outbox", history_bytes=0) as publisher:
+            await publisher.publish("a", 1, durable=True, timeout=PATIENCE)
+            engine = publisher._engine
+            outbox, outlet = engine._outbox, engine.outlet
+            assert outbox is not None
+            outbox._committer.full = True
+            outbox._room(True)
+            await publisher.publish("a", 2)
+            outlet.flush_all()
+            outlet.claimed(7, ["a"])
+            outlet.acked(7, [(b"a", 2)], False)  # and so it is in no history
+            outbox._committer.full = False
+            outbox._room(False)
+            assert await publisher.publish("a", 3, durable=True, timeout=PATIENCE) == 3
+            assert seqs(tmp_path / "outbox", "a", publisher.origin) == [1, 3]
+
+    asyncio.run(run())

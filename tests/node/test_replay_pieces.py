@@ -255,19 +255,31 @@ def test_of_consumers_that_share_the_slowest_counts() -> None:
     assert dealt(bench) == 10
 
 
-def test_the_first_of_several_may_go_on_without_asking() -> None:
-    bench = Bench()
-    bench.log((0, batch(1, list(range(10))), b""), next=10)
+@pytest.mark.parametrize("value_type", [None, int], ids=["any", "not all fit"])
+@pytest.mark.parametrize("committed", [False, True])
+def test_the_first_of_several_has_to_ask_from_the_second_on(committed: bool, value_type: Any) -> None:
+    bench = Bench(value_type=value_type)
+    last = "ten" if value_type else 9
+    bench.log((0, batch(1, [*range(9), last]), b""), next=10)
     bench.take(1, "one")
     items = bench.replay.items  # the first consumer is in the middle of these
+    if committed:
+        bench.replay.release("one")  # what it had is dealt with, and what it takes next is not known of
     assert bench.take(1, "two") == [(1, 2, 1)]
-    assert [next(items).value for _ in range(3)] == [2, 3, 4]
-    assert bench.take(1, "two") == [(5, 6, 5)]
-    assert dealt(bench) == 0  # who knows which of 0, 2, 3 and 4 it is at
+    assert next(items, None) is None
+    assert dealt(bench) == committed
+    assert bench.take(1, "one") == [(2, 3, 2)]
+    assert dealt(bench) == 1
+    assert bench.take(1, "two") == [(3, 4, 3)]
+    assert dealt(bench) == 2
     bench.replay.release("two")
-    assert dealt(bench) == 0
-    assert bench.take(1, "one") == [(6, 7, 6)]
-    assert dealt(bench) == 6
+    assert dealt(bench) == 2
+    assert bench.take(1, "one") == [(4, 5, 4)]
+    assert dealt(bench) == 4
+    assert len(bench.take(4, "two")) == 4
+    if value_type:
+        with pytest.raises(zmqbus.DecodeError):
+            bench.take(1, "two")
 
 
 def test_what_a_consumer_held_that_was_there_for_one_message_only_is_the_next_ones() -> None:

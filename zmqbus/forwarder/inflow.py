@@ -64,6 +64,7 @@ class Inflow:
         self._attentive_until = 0.0
         self._urgent = False
         self._watching = False
+        self._refuses_streams = False  # and has said so
         self._stopped = False  # until the disk has caught up
 
     def start(self) -> None:
@@ -161,10 +162,13 @@ class Inflow:
             return
         try:
             ingest.take(0)
-        except NoSpace:
+        except NoSpace as error:
             self.committer.check_room()
+            if not self.committer.full:  # for one stream more: with those that are known it goes on
+                self._refuse_streams(error)
             return
         except JournalError as error:
+            self._stopped = True  # for good: who is told of it stops us, and not one frame after the other
             self._on_failure(error)
             return
         if ingest.asked:
@@ -173,20 +177,27 @@ class Inflow:
         self._urgent = now() < self._attentive_until
         self.committer.pump(self._urgent)
         self._stopped = ingest.is_behind  # the next commit goes on here
-        delay = self._delay(ingest)
+        pause = self._pause(ingest)
+        delay, due = pause, ingest.timer()
+        if pause is None and due is not None:  # a hole is to be seen to, perhaps much later than something arrives
+            delay = max(RELAXED, due - now())
         if delay is not None and not self._stopped:
             self._look = self._loop.call_later(delay, self._drain)
-        self._watch(delay is None and not self._stopped)
+        self._watch(pause is None and not self._stopped)
         self._tell()
 
-    def _delay(self, ingest: Ingest) -> float | None:
-        """Until the next look; None: until something arrives."""
+    def _pause(self, ingest: Ingest) -> float | None:
+        """Until the next look, whatever arrives; None: as soon as something does."""
         if ingest.has_more:
             return 0.0
-        if 0 < ingest.taken <= RELAXED_BATCHES and not self._urgent:
-            return RELAXED
-        due = ingest.timer()
-        return None if due is None else max(RELAXED, due - now())
+        return RELAXED if 0 < ingest.taken <= RELAXED_BATCHES and not self._urgent else None
+
+    def _refuse_streams(self, reason: NoSpace) -> None:
+        if not self._refuses_streams:
+            self._refuses_streams = True
+            self._engine.emit(Warned(f"{reason}; nothing is accepted of others"))
+        self.committer.pump(self._urgent)
+        self._look_now()
 
     # --- back --------------------------------------------------------------------------------------
 

@@ -123,6 +123,8 @@ class Ingest(Intake):
             self._lost(Gap(stream.topic, origin, first, batch.end - 1))
             return
         if appended is Appended.GAP:
+            if self._journal.full is not None:  # what is missing was refused a moment ago, and will come again
+                raise self._journal.full
             # Known to be lost, and reported; or it was published before we came, and is in no history any more.
             lost = max(self._holes.pop(stream.key, 0), stream.owed)
             expected = self._journal.expected(batch.topic, batch.origin)

@@ -11,6 +11,7 @@ from zmqbus.node.storing.outbox import Outbox
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, Command
+from zmqbus.protocol.frames import SEQ_MAX
 
 TOPICS_PER_STATS = 1000
 
@@ -88,10 +89,11 @@ class Service:
                 self._inbox.answer(identity, error, command.request)
 
     def _from_outbox(self, identity: bytes, command: Command, body: commands.Fetch) -> bool:
-        """What is no longer in memory, or never was, may be on our own disk."""
-        if self._outbox is None or (body.origin == self._origin and self._outlet.holds(body.topic, body.first)):
+        """What is no longer in memory, or never was, may be on our own disk. Each answers for its own part."""
+        if self._outbox is None:
             return False
-        return self._outbox.serve(self._inbox, identity, command)
+        oldest = self._outlet.oldest(body.topic) if body.origin == self._origin else SEQ_MAX
+        return body.first < oldest and self._outbox.serve(self._inbox, identity, command, oldest - 1)
 
     def _statistics(self, body: commands.Stats) -> commands.Statistics:
         topics = self._outlet.topics(body.skip, TOPICS_PER_STATS) if body.topics else []

@@ -109,10 +109,15 @@ def unacked(out: Accounts) -> int:
         return sum(account.unacked for account in out.ledger.accounts.values() if account.claimants)
 
 
-def failure(out: Accounts, tally: Tally, publisher: Publisher, seq: int, timeout: float) -> NotDurable:
-    """The error for one message whose waiting has ended in vain."""
+def forget(out: Accounts, tally: Tally) -> None:
+    """Nobody waits any more."""
     with out.lock:
         out.ledger.forget(tally)
+
+
+def failure(out: Accounts, tally: Tally, publisher: Publisher, seq: int, timeout: float) -> NotDurable:
+    """The error for one message whose waiting has ended in vain."""
+    forget(out, tally)
     if tally.problem is not None:
         return NotDurable(1, tally.problem, seq)
     if not can_be_durable(out, publisher):
@@ -127,8 +132,7 @@ def failure(out: Accounts, tally: Tally, publisher: Publisher, seq: int, timeout
 
 def failure_of_all(out: Accounts, tally: Tally, timeout: float) -> NotDurable:
     """The same for all that was published."""
-    with out.lock:
-        out.ledger.forget(tally)
+    forget(out, tally)
     return NotDurable(unacked(out), tally.problem or f"no acknowledgement within {timeout:g} s")
 
 
@@ -219,6 +223,9 @@ async def durably_published(
             claimed = True
         if tally.problem is not None:
             raise failure(out, tally, publisher, seq, 0)
+    except asyncio.CancelledError:
+        forget(out, tally)
+        raise
     finally:
         bell.cancel()
         hold(out, publisher, -1)
@@ -230,7 +237,11 @@ async def all_durable(out: Accounts, timeout: float | None) -> None:
     bell: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     tally = Tally(lambda: _ring(bell))
     watch_all(out, tally)
-    done, _ = await asyncio.wait((bell,), timeout=timeout)
+    try:
+        done, _ = await asyncio.wait((bell,), timeout=timeout)
+    except asyncio.CancelledError:
+        forget(out, tally)
+        raise
     if not done or tally.problem is not None:
         bell.cancel()
         raise failure_of_all(out, tally, timeout or 0.0)

@@ -180,11 +180,14 @@ class Outlet:
         with self.lock:
             return [(p.prefix[:-1], p.following) for p in self.publishers.values() if matches(p.topic)]
 
-    def holds(self, topic: bytes, seq: int) -> bool:
-        """Whether the history goes back to this message, or further."""
+    def oldest(self, topic: bytes) -> int:
+        """The first message of a stream that the history has; one past the last, if it has none."""
         with self.lock:
             publisher = self.publishers.get(topic.decode(errors="replace"))
-            return publisher is not None and bool(entries := publisher.shelf.entries) and entries[0][0] <= seq
+            if publisher is None:
+                return 1
+            entries = publisher.shelf.entries
+            return entries[0][0] if entries else publisher.following
 
     def fetch(self, topic: bytes, first: int, last: int, bytes_max: int) -> Fetched:
         """For FETCH: what the history holds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from itertools import count, repeat
 from typing import Any
 
@@ -30,7 +31,7 @@ class Unpacker(ValueDecoder):
             values, headers = self.decode(batch)
         except msgspec.ValidationError:
             values, headers = self.decode_each(batch)
-            checked = _Checked(topic, batch, values[:stop], headers, skip, offset)
+            checked = Checked(topic, batch, values[:stop], headers, skip, offset)
             return checked, checked
         if skip or stop is not None:
             values = values[skip:stop]
@@ -49,7 +50,7 @@ class Unpacker(ValueDecoder):
         return messages, source
 
 
-class _Checked:
+class Checked:
     """Messages of a batch in which some values do not fit the type: those raise, in their place."""
 
     def __init__(
@@ -64,6 +65,12 @@ class _Checked:
         self._topic, self._batch, self._values, self._headers = topic, batch, values, headers
         self._offset = offset
         self._place = skip
+
+    def move(self) -> Checked:
+        """The rest, for another to take; here is none any more."""
+        rest = copy(self)
+        self._place = len(self._values)
+        return rest
 
     def __iter__(self) -> Iterator[Message]:
         return self

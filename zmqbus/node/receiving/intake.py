@@ -41,6 +41,7 @@ from zmqbus.protocol.streams.stream import SETTLED, Fetch, Gap, Stream
 from zmqbus.protocol.streams.tracking import Tracker
 
 CALM = 0.1  # seconds without a message after which an empty socket is empty: not just waiting for the kernel
+CALM_MAX = 3.0  # seconds after which it is so even if others never pause
 GAPS_KEPT = 1000  # for a report at the end; the count of lost messages goes on
 
 
@@ -101,7 +102,8 @@ class Intake:
         self._raise_gaps = raise_gaps
         self._leaving: set[int] = set()
         self._afterwards: list[Callable[[], object]] = []  # when the socket is empty, and stays so
-        self._calm_mark, self._calm_at = -1, 0.0
+        self._calm_mark, self._calm_at, self._calm_by = -1, 0.0, 0.0
+        self._forgetting: set[int] = set()
         self._patience_ms = -1  # what RCVTIMEO is set to
         # How the frames of the last ordinary stream begin, up to their flags, and where their values do.
         self._stream, self._head, self._body = NO_STREAM
@@ -121,6 +123,7 @@ class Intake:
     def heads(self, origin: int, heads: list[tuple[bytes, int]], more: bool) -> None:
         """HEADS arrived. Done here and now: `subscribe` waits for it, and the consumer may not be there yet."""
         with self.gate.visit():
+            self._forgetting.discard(origin)  # it is back; what it published meanwhile is told here
             self.tracker.heads(origin, heads, more, now())
 
     def fetched(self, asked: Fetch, last: int, batches: Sequence[Batch]) -> None:
@@ -149,11 +152,12 @@ class Intake:
 
     def forget(self, origin: int) -> None:
         """A publisher will not come back. What it sent and was received is delivered before."""
-        self.post(lambda: self._afterwards.append(lambda: self._forget(origin)))
+        self._forgetting.add(origin)
+        self.post(lambda: self._when_drained(lambda: self._forget(origin)))
 
     def when_drained(self, work: Callable[[], object]) -> None:
         """Do this on the engine's loop when all that the socket holds has been taken out of it."""
-        self.post(lambda: self._afterwards.append(lambda: self._driver.soon(work)))
+        self.post(lambda: self._when_drained(lambda: self._driver.soon(work)))
 
     def close(self, reason: Exception | None = None) -> None:
         """No more messages. What is decoded already can still be consumed."""
@@ -305,9 +309,9 @@ class Intake:
             for origin in [origin for origin in self._leaving if not self.tracker.behind(origin)]:
                 self._leaving.discard(origin)
                 self._driver.settled(self, origin)
-        if self._afterwards:
+        if self._afterwards and not self.tracker.ready:
             if self.messages != self._calm_mark:
-                self._calm_mark, self._calm_at = self.messages, now() + CALM
+                self._calm_mark, self._calm_at = self.messages, min(now() + CALM, self._calm_by)
             if now() >= self._calm_at:
                 afterwards, self._afterwards = self._afterwards, []
                 for work in afterwards:
@@ -317,7 +321,15 @@ class Intake:
     def _on_asked(self) -> None:
         """Somebody waits for an acknowledgement: none of our business, unless we give such."""
 
+    def _when_drained(self, work: Callable[[], object]) -> None:
+        if not self._afterwards:
+            self._calm_by = now() + CALM_MAX
+        self._afterwards.append(work)
+
     def _forget(self, origin: int) -> None:
+        if origin not in self._forgetting:
+            return
+        self._forgetting.discard(origin)
         self.tracker.forget(origin)
         self._stream, self._head, self._body = NO_STREAM  # it may be one that is no longer tracked
 

@@ -6,8 +6,9 @@ whoever takes, for one batch; the engine needs it only to wake a sleeper.
 
 **What has been dealt with.** A message has been when its consumer asks for the next one. A consumer is known by a token
 (its thread, or its task). As long as there is only one, it is the `owner`, takes from `items` without a word, and what
-it has in hand is simply the last message taken. From the moment another one asks they share: each message is taken
-under the lock, and noted as held by who took it. Nothing that somebody holds is ever committed.
+it has in hand is simply the last message taken. From the moment another one asks they share: `items` yields nothing
+more, each message is taken under the lock, and noted as held by who took it. Nothing that somebody holds is ever
+committed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import msgspec
 
 from zmqbus.errors import GapError, LogGapError, NodeClosed, RemoteProtocolError
 from zmqbus.node.events import CaughtUp, Event, LogGap
-from zmqbus.node.receiving.decoding import Unpacker
+from zmqbus.node.receiving.decoding import Checked, Unpacker
 from zmqbus.protocol.commands import Log
 from zmqbus.protocol.frames import DATA, EXTERNAL, HEADER_BYTES, ORDER, Batch, parse_header
 from zmqbus.protocol.message import Message
@@ -230,7 +231,7 @@ class Replay:
                 raise self._errors.popleft()
             if self._source is not None:
                 if self._shared:
-                    # Noted before it is taken: the first owner may still be taking from this batch, without a word.
+                    # Noted before it is taken: a value that does not fit its type raises.
                     self._holds[token] = self._piece.reading, self._end - length_hint(self._source)
                 for message in self._messages:
                     return message
@@ -260,6 +261,7 @@ class Replay:
                 self.owner = token
             else:
                 if self._source is not None:
+                    self._recall()
                     reading = self._piece.reading
                     if (held := self.dealt_with(reading)) < self._position(reading):
                         self._holds[self.owner] = reading, held
@@ -270,6 +272,13 @@ class Replay:
             self.release(token)
 
     # --- inside ------------------------------------------------------------------------------------
+
+    def _recall(self) -> None:
+        """Take back the rest of the batch from the owner, who may be in the middle of `items`: it is to ask as well."""
+        if isinstance(self._source, Checked):
+            self._messages = self._source = self._source.move()
+        else:
+            self._messages = self._source = iter(list(self._messages))
 
     def _next_batch(self) -> bool:
         """Go to the next batch with something new in it. False: there is none now."""

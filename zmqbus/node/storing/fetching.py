@@ -24,12 +24,12 @@ async def answer_fetch(
 ) -> None:
     """Answer with BATCHES, or with ERROR `journal`. Nothing is said of messages beyond `upto`: others know of them."""
     size = min(body.bytes, FETCH_BYTES)
+    reached = min(body.last, upto)
     try:
-        batches = await worker.do(fetch, journal, body.topic, body.origin, body.first, body.last, size)
+        batches = await worker.do(fetch, journal, body.topic, body.origin, body.first, reached, size)
     except JournalError as error:
         inbox.answer(identity, Error("journal", str(error)[:1000]), request)
         return
-    reached = min(body.last, upto)
     if sum(batch.size for batch in batches) >= size:  # there may be more: ask again
         reached = min(reached, batches[-1].last_seq)
     parts = [bytes(part) for batch in batches for part in (batch.frame, batch.external) if part is not None]

@@ -1,9 +1,10 @@
 """The outbox: a publisher's own small journal, from which its durable messages survive it, under the same ids.
 
-A stream is kept in it from its first durable message on, whole. Being on this disk is as good as being on that of a
-forwarder: the outbox acknowledges like one. What it holds is handed over when a forwarder is there: of this run in the
-ordinary way, live and by FETCH; of earlier runs by an OFFER, after which the forwarder fetches. What forwarders have
-acknowledged leaves it, oldest first: a cursor stands before the first message that they have not.
+A stream is kept in it from its first durable message on, whole, and with what the history has of it until then: who
+acknowledges a message does so for all before it. Being on this disk is as good as being on that of a forwarder: the
+outbox acknowledges like one. What it holds is handed over when a forwarder is there: of this run in the ordinary way,
+live and by FETCH; of earlier runs by an OFFER, after which the forwarder fetches. What forwarders have acknowledged
+leaves it, oldest first: a cursor stands before the first message that they have not.
 """
 
 from __future__ import annotations
@@ -112,11 +113,15 @@ class Outbox:
     # --- from publishers, under their lock -----------------------------------------------------------
 
     def keep(self, publisher: Publisher) -> None:
-        """From now on this stream is kept."""
+        """From now on this stream is kept, and what came before and not enough forwarders are known to have."""
         if not publisher.kept:
             publisher.kept = True
             ledger = self._outlet.ledger
-            ledger.claim(ledger.account(publisher.topic, publisher.shelf), self.journal.number)
+            account = ledger.account(publisher.topic, publisher.shelf)
+            ledger.claim(account, self.journal.number)
+            for first, end, parts, _ in publisher.shelf.entries:
+                if end > account.durable + 1:
+                    self.add(publisher, first, end - first, time_ns(), parts)
 
     def add(self, publisher: Publisher, first: int, count: int, time: int, parts: tuple[bytes, ...]) -> None:
         """A batch of a stream that is kept was sent."""
@@ -139,17 +144,20 @@ class Outbox:
         try:
             while self._fresh and not self._committer.full:
                 publisher, first, count, time, parts = self._fresh.popleft()
-                self._append(publisher.prefix[:-1], first, count, time, parts)
+                self._append(publisher, first, count, time, parts)
         except NoSpace:
             self._committer.check_room()
         except JournalError as error:
             self._failed(error)
 
-    def _append(self, topic: bytes, first: int, count: int, time: int, parts: tuple[bytes, ...]) -> None:
+    def _append(self, publisher: Publisher, first: int, count: int, time: int, parts: tuple[bytes, ...]) -> None:
+        topic = publisher.prefix[:-1]
         frame, *external = parts
-        payload = memoryview(frame)[len(topic) + 1 :]
+        payload = memoryview(frame)[len(publisher.prefix) :]
         begins = (topic, self._origin) not in self.journal.known
-        self.journal.append(topic, self._origin, first, count, time, payload, *external, allow_gap=begins)
+        account = self._outlet.ledger.accounts[publisher.topic]
+        spared = account.durable >= first - 1  # while there was no room, forwarders have taken what is missing here
+        self.journal.append(topic, self._origin, first, count, time, payload, *external, allow_gap=begins or spared)
 
     def _committed(self, commit: Commit) -> None:
         heads = [(topic.decode(), seq) for topic, origin, seq in commit.acked if origin == self._origin]
@@ -170,7 +178,7 @@ class Outbox:
                     topic = publisher.prefix[:-1]
                     for first, end, parts, _ in publisher.shelf.entries:
                         if first >= self.journal.expected(topic, self._origin):
-                            self._append(topic, first, end - first, time_ns(), parts)
+                            self._append(publisher, first, end - first, time_ns(), parts)
             except NoSpace:
                 self._loop.call_soon(self._committer.check_room)
         self._committer.pump()
@@ -201,12 +209,12 @@ class Outbox:
             for at in range(0, len(heads), HEADS_PER_COMMAND):
                 self._offer(Offer(origin, heads[at : at + HEADS_PER_COMMAND]))
 
-    def serve(self, inbox: Inbox, identity: bytes, command: Command) -> bool:
-        """Answer a FETCH from the disk, if what it begins with is there."""
+    def serve(self, inbox: Inbox, identity: bytes, command: Command, upto: int) -> bool:
+        """Answer a FETCH from the disk, if what it begins with is there. Nothing is said of messages beyond `upto`."""
         body = command.body
         if not isinstance(body, commands.Fetch):
             return False
-        upto = self.journal.head(body.topic, body.origin).durable
+        upto = min(upto, self.journal.head(body.topic, body.origin).durable)
         if upto < body.first:
             return False
         answer = answer_fetch(self.journal, self._reading, inbox, identity, command.request, body, upto)
