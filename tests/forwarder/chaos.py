@@ -1,10 +1,9 @@
 """Chaos: a world of forwarders, publishers and durable consumers, in which processes are killed at any instant.
 
     outcome = run(seed, folder, kills=100)       # in a process that has no threads and no sockets: it forks
-    outcome.report.raise_if_broken()
+    outcome.reports["forwarder"].raise_if_broken()
 
-or, as a process of its own, `python -m tests.forwarder.chaos FOLDER SEED KILLS`, which prints the outcome
-as JSON.
+or, as a process of its own, `python -m tests.forwarder.chaos FOLDER SEED KILLS`, which prints the outcome as JSON.
 
 The **director** forks a process for each role (chaos_roles.py), and then, as its seed has it, kills them with -9, one
 after the other, and starts them anew on what they have left on their disks: at once, or after a while; often again
@@ -270,11 +269,9 @@ class Director:
         given = Given(self.world.folder)
         wanted = wishes(self.world)
         deadline = time.monotonic() + FINALE
-        while lacking := {cursor: len(messages - given.to(cursor)) for cursor, messages in wanted.items()}:
-            if not any(lacking.values()):
-                break
+        while any(lacking := [len(messages - given.to(cursor)) for cursor, messages in wanted.items()]):
             if time.monotonic() > deadline:
-                raise Ended(f"consumers do not get to the end, they lack: {lacking}")
+                raise Ended(f"consumers do not get to the end, they lack {lacking} messages")
             for role in self.roles:
                 self.look(role)
             time.sleep(0.1)
@@ -284,6 +281,7 @@ class Director:
         self.wait(self.of("forwarder"))
 
     def of(self, *kinds: str) -> list[Role]:
+        """The roles of these kinds."""
         return [role for role in self.roles if role.kind in kinds]
 
     def wait(self, roles: list[Role]) -> None:
