@@ -348,8 +348,9 @@ class Engine:
         present = [peer for peer in self.peering.peers() if peer.journal]
         self.replays.forwarders(present)
         self._forwarders = tuple((peer.origin, Matcher(peer.claims).matches) for peer in present)
-        for peer in present:
-            self.outlet.claimed(peer.journal, peer.claims)
+        # One that was killed and started again may be there twice: what its first life claimed is no more.
+        for journal, peer in self.replays.present.items():
+            self.outlet.claimed(journal, peer.claims)
         if self._outbox is not None:
             self._outbox.offer()
 
