@@ -243,7 +243,10 @@ class Outbox:
             while True:
                 await self._moved.wait()
                 self._moved.clear()
-                await self._advance()
+                try:
+                    await self._advance()
+                except NoSpace:  # for the cursor, on a disk that is full
+                    self._moved.set()
                 await asyncio.sleep(TRIM_PERIOD)
         except JournalError as error:
             self._failed(error)
