@@ -16,8 +16,9 @@ import pytest
 from tests.forwarder.conftest import meet
 from tests.forwarder.forwarders import ForwarderProcess, running, seqs, stored
 from zmqbus import AsyncNode, BufferFull, Node, NotDurable, SetupError, Warned
-from zmqbus.errors import JournalLocked, JournalUnavailable, NoSpace
+from zmqbus.errors import JournalCorrupt, JournalLocked, JournalUnavailable, NoSpace
 from zmqbus.journal import Cursor, Journal
+from zmqbus.node.storing import outbox as outbox_module
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Command
 from zmqbus.protocol.frames import decode_batches
@@ -305,5 +306,22 @@ def test_an_outbox_without_room_for_its_cursor_tries_again(
             async with asyncio.timeout(PATIENCE):
                 while publisher.statistics()["outbox_undelivered"]:
                     await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_what_is_left_and_cannot_be_read_is_told_of(tmp_path: Path, bus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: object) -> dict[tuple[bytes, int], int]:
+        raise JournalCorrupt("segment", 7, "for a test", 0)
+
+    monkeypatch.setattr(outbox_module, "_leftovers", damaged)
+
+    async def run() -> None:
+        async with AsyncNode(bus=bus, outbox=tmp_path / "outbox") as publisher, publisher.events() as events:
+            async with asyncio.timeout(PATIENCE):
+                async for event in events:
+                    if isinstance(event, Warned) and "for a test" in event.reason:
+                        break
+            await publisher.publish("a", 1, durable=True, timeout=PATIENCE)
 
     asyncio.run(run())

@@ -229,7 +229,11 @@ class Outbox:
         return heads[self._acks - 1] if len(heads) >= self._acks else 0
 
     async def _offer_again(self, start: int) -> None:
-        left = await self._reading.do(_leftovers, self.journal, start, self._origin)
+        try:
+            left = await self._reading.do(_leftovers, self.journal, start, self._origin)
+        except JournalError as error:
+            self._warn(f"what earlier runs have left in the outbox is not handed over: {error}")
+            return
         for key, following in left.items():
             if self._delivered(key) + 1 < following:
                 self._left[key] = following
