@@ -436,6 +436,9 @@ class Tracker:
         patient = self._patient or now < stream.since + PATIENCE
         end = self._lacking(stream) if patient else stream.target
         if end <= stream.next:
+            if self._patient and stream.lacks:  # all but the publisher may get what they lack, meanwhile
+                keeper = self.keepers.get(stream.key[1], stream.key[1])
+                stream.lacks = {keeper: stream.lacks[keeper]} if keeper in stream.lacks else NOBODY_LACKS
             self._park(stream, max(stream.since, now if self._patient else 0.0) + PATIENCE)
         else:
             self._give_up(stream, end)
