@@ -21,6 +21,7 @@ from zmqbus.protocol.streams.tracking import (
     BATCH_BYTES,
     EARLY_BYTES_MAX,
     FETCH_TIMEOUT,
+    FETCH_TRIES,
     FETCHES_MAX,
     PATIENCE,
     SOFT_DELAY,
@@ -889,3 +890,17 @@ def test_a_patient_tracker_does_not_ask_those_who_have_nothing_without_end() -> 
     bench.sources = [ORIGIN]
     assert bench.repairs() == ["1 2-3"]
     assert bench.answer(last=3) == "gap 2-3 4"
+
+
+def test_a_source_that_always_fails_does_not_keep_a_patient_tracker_from_another() -> None:
+    """A publisher's outbox that is damaged, say."""
+    bench = patient([ORIGIN, STORE])
+    asked: list[str] = []
+    for _ in range(FETCH_TRIES + 1):
+        asked += bench.repairs()
+        if asked[-1] == "9 2-3":
+            break
+        bench.refuse()
+        bench.now += FETCH_TIMEOUT
+    assert asked == ["1 2-3"] * FETCH_TRIES + ["9 2-3"]
+    assert bench.answer((2, 3)) == "2-3 4"
