@@ -325,3 +325,14 @@ def test_what_is_left_and_cannot_be_read_is_told_of(tmp_path: Path, bus: str, mo
             await publisher.publish("a", 1, durable=True, timeout=PATIENCE)
 
     asyncio.run(run())
+
+
+def test_close_waits_for_the_disk_and_does_not_call_undelivered_what_is_on_it(tmp_path: Path, bus: str) -> None:
+    publisher = node(bus, tmp_path)
+    publisher.publish("a", 0, durable=True, timeout=PATIENCE)
+    for number in range(1, 1000):
+        publisher.publish("a", number)
+    assert publisher.close(timeout=PATIENCE) == []
+    journal = Journal.open(str(tmp_path / "outbox"), now_ns=time.time_ns())
+    assert {stream.accepted for stream in journal.known.values()} == {1000}
+    journal.close(time.time_ns())

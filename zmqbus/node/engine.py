@@ -178,7 +178,7 @@ class Engine:
         try:
             while not outlet.push() and now() < deadline:
                 await asyncio.sleep(TICK)
-            while self._forwarders and unacked(outlet) and now() < deadline:
+            while (self._forwarders or self._outbox is not None) and unacked(outlet) and now() < deadline:
                 await asyncio.sleep(TICK)
             await self.replays.leave(self.refusal, max(0.0, deadline - now()))
             late = await self.peering.registry.leave(max(0.0, deadline - now()))
