@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from zmqbus.node.faces.node import Node
     from zmqbus.node.faces.subscription import Subscription
     from zmqbus.node.publishing.publisher import Publisher
+    from zmqbus.node.receiving.replay import Position
     from zmqbus.protocol.members.peers import DuplicateName, Peer, PeerJoined, PeerLeft
     from zmqbus.protocol.message import Message
     from zmqbus.protocol.streams.stream import Gap
@@ -105,6 +106,7 @@ _HOMES = {
     "Peer": "protocol.members.peers",
     "PeerJoined": "protocol.members.peers",
     "PeerLeft": "protocol.members.peers",
+    "Position": "node.receiving.replay",
     "Publisher": "node.publishing.publisher",
     "RemoteProtocolError": "errors",
     "SetupError": "errors",
@@ -160,6 +162,7 @@ __all__ = [
     "Peer",
     "PeerJoined",
     "PeerLeft",
+    "Position",
     "Publisher",
     "RemoteProtocolError",
     "SetupError",

@@ -21,7 +21,7 @@ import zmqbus
 from tests.cli.commands import PATIENCE, finish, run
 from zmqbus.cli import shell
 from zmqbus.cli.group import cli
-from zmqbus.cli.pubsub import Pacer
+from zmqbus.cli.pubsub.pub import Pacer
 from zmqbus.cli.shell.output import loss_report
 from zmqbus.cli.tap import drain
 

@@ -16,19 +16,35 @@ from typing import Any
 import pytest
 
 from tests.cli.commands import Terminal, finish
-from zmqbus.cli.demo import Account, Source, find_counters, find_logs, is_text, settle, sources
-from zmqbus.cli.demo.crew import SPIKE_LINES, Seen, lines_of, spike
+from zmqbus.cli.demo.account import Account, Seqs, by_stream, consumed, count, settle, settle_stored
+from zmqbus.cli.demo.members import SPIKE_LINES, Seen, lines_of, spike
+from zmqbus.cli.demo.sources import Source, find_counters, find_logs, is_text, sources
 from zmqbus.errors import SetupError
+from zmqbus.journal.inspect import View
+
+Start = Callable[..., subprocess.Popen[str]]
 
 
-def test_demo_accounts_for_every_line(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
-    files = [tmp_path / "web.log", tmp_path / "db.log"]
-    for path in files:
+def files_in(folder: Path) -> list[str]:
+    """Two log files."""
+    paths = [folder / "web.log", folder / "db.log"]
+    for path in paths:
         path.write_text("".join(f"{path.name}: line {i}\n" for i in range(500)))
-    code, out, err = finish(
-        start("demo", "--json", "--seconds", "1", "--rate", "4000", "--history", "50", *map(str, files))
-    )
+    return [str(path) for path in paths]
+
+
+# --- the whole of it -----------------------------------------------------------------------------
+
+
+def test_demo_accounts_for_every_line(tmp_path: Path, start: Start) -> None:
+    """And keeps the journal, if asked to: what it says of that is held against the files themselves."""
+    kept = tmp_path / "journal"
+    args = ["--json", "--seconds", "1", "--rate", "4000", "--history", "50", "--journal", str(kept)]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    code, out, err = finish(start("demo", *args, *files_in(tmp_path), env=os.environ | {"TMPDIR": str(scratch)}))
     assert code == 0, err
+    assert list(scratch.iterdir()) == []
     account = json.loads(out)
     assert (account["files"], account["exit"]) == (2, 0)
     steady, paused, late = account["aggregators"]
@@ -39,6 +55,23 @@ def test_demo_accounts_for_every_line(tmp_path: Path, start: Callable[..., subpr
     assert steady["sent"] == paused["sent"] == account["lines"] > 250_000
     assert 100 <= late["sent"] < account["lines"]
     assert "all have found each other by mDNS" in err
+    journal, consumer = account["journal"], account["consumer"]
+    for one in (journal, consumer):
+        assert (one["sent"], one["received"]) == (account["lines"], account["lines"])
+        assert (one["lost"], one["unreported"]) == (0, 0)
+    assert (journal["redelivered"], consumer["name"]) == (0, "indexer")
+    streams = account["streams"]
+    assert sum(one["published"] for one in streams) == account["lines"]
+    assert all(one["published"] == one["journaled"] == one["consumed"] > 0 for one in streams)
+    assert sum(one["redelivered"] for one in streams) == consumer["redelivered"]
+    for words in ("`indexer` is killed", "the forwarder is killed", "the forwarder is back", "`indexer` is back"):
+        assert words in err
+    view = View(str(kept))
+    assert view.durable_offset == account["journal_end"] == account["lines"]
+    assert view.cursors["indexer"].offset == account["cursor"] == account["lines"]
+    assert {f"{head.origin:016x}": head.accepted for head in view.streams.heads(None)} == {
+        one["origin"]: one["published"] for one in streams
+    }
 
 
 def test_demo_ships_counters_where_no_log_can_be_read(start: Callable[..., subprocess.Popen[str]]) -> None:
@@ -54,7 +87,68 @@ def test_demo_ships_counters_where_no_log_can_be_read(start: Callable[..., subpr
     assert code == 0, err
     assert "/proc/stat" in out
     assert "/var/log" not in out
-    assert "Proved: " in out
+    assert "Proved: published = journaled = consumed, on each of " in out
+
+
+SABOTAGE = {
+    "on the way to the consumer": """
+from zmqbus.node.faces.subscription import LogSubscription
+get = LogSubscription.get
+def careless(self, timeout=None):
+    message = get(self, timeout)
+    if message is not None and message.offset == 5000:  # this one, in whichever life it comes
+        message = get(self, timeout)
+    return message
+LogSubscription.get = careless
+""",
+    "on the way to the disk": """
+from zmqbus.journal.journal import Appended, Journal
+append, seen = Journal.append, []
+def careless(self, topic, origin, first_seq, count, *rest, **options):
+    stream = self.known.get((topic, origin))
+    seen.append(None)
+    if stream is not None and len(seen) > 100 and first_seq == stream.accepted + 1 and not hasattr(Journal, "done"):
+        Journal.done = True
+        stream.accepted += count
+        return Appended.ACCEPTED
+    return append(self, topic, origin, first_seq, count, *rest, **options)
+Journal.append = careless
+""",
+}
+
+
+@pytest.mark.parametrize("where", SABOTAGE)
+def test_demo_finds_out_a_loss_without_a_word(tmp_path: Path, start: Start, where: str) -> None:
+    """In its processes messages vanish as if by a mistake of ours."""
+    (tmp_path / "sitecustomize.py").write_text(SABOTAGE[where])
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    args = ["--json", "--seconds", "1", "--rate", "4000"]
+    code, out, err = finish(start("demo", *args, *files_in(tmp_path), env=environment))
+    assert code == 4, err
+    account = json.loads(out)
+    assert account["exit"] == 4
+    assert all(one["unreported"] == 0 for one in account["aggregators"])
+    journal, consumer = account["journal"], account["consumer"]
+    if where == "on the way to the consumer":
+        assert (journal["received"], journal["unreported"]) == (account["lines"], 0)
+        missing = account["lines"] - consumer["received"]
+        assert missing == consumer["unreported"] == 1
+    else:
+        missing = account["lines"] - journal["received"]
+        assert journal["unreported"] == missing > 0
+        assert consumer["received"] == journal["received"]
+        assert consumer["lost"] + consumer["unreported"] >= missing  # told of, if it came to where the stream jumps
+
+
+def test_demo_says_what_is_wrong_with_the_journal(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "file").write_text("")
+    code, out, err = finish(start("demo", "--journal", str(tmp_path / "file"), *files_in(tmp_path)))
+    assert (code, out) == (66, "")
+    assert err.startswith(f"zmqbus: journal {tmp_path / 'file'}: ")
+    assert len(err.splitlines()) == 1
+
+
+# --- its parts -----------------------------------------------------------------------------------
 
 
 def test_demo_counts_during_the_spike() -> None:
@@ -75,6 +169,8 @@ def test_demo_counts_during_the_spike() -> None:
 def test_demo_leaves_nobody_and_nothing_behind_on_ctrl_c(tmp_path: Path) -> None:
     with Terminal("demo", "--seconds", "10m", "/proc/stat", TMPDIR=str(tmp_path)) as demo:
         demo.until("lines per second")
+        for words in ("shippers", "journaled", "consumed", "indexer"):  # the live counts
+            demo.until(words)
         os.killpg(demo.process.pid, signal.SIGINT)  # as a terminal does
         demo.interrupt()
         code, _ = demo.end()  # when all have let go of the terminal
@@ -104,6 +200,50 @@ def test_demo_sees_what_is_missing() -> None:
     late = {("t", 1): (41, 60, 0), ("u", 1): (1, 10, 0)}
     assert account(late, [], 0, {("t", 1): 51, ("u", 1): 1}).unreported == 0
     assert account(late, [], 0, {("t", 1): 31, ("u", 1): 1}).unreported == 10
+
+
+def test_demo_sees_what_is_missing_in_the_log() -> None:
+    heads = {("t", 1): 100, ("u", 1): 10}
+
+    def life(*spans: tuple[str, int, int]) -> dict[tuple[str, int], Seqs]:
+        found: dict[tuple[str, int], Seqs] = {}
+        for topic, first, last in spans:
+            found.setdefault((topic, 1), Seqs()).note(first, last)
+        return found
+
+    def account(*lives: dict[tuple[str, int], Seqs], gaps: Any = (), lost: int = 0) -> tuple[int, int, int, int]:
+        one = settle_stored("x", heads, lives, gaps, lost, 2.0)
+        assert one.sent == 110
+        return one.received, one.redelivered, one.lost, one.unreported
+
+    whole = life(("t", 1, 60), ("u", 1, 10), ("t", 61, 100))
+    assert account(whole) == (110, 0, 0, 0)
+    assert account(life(("t", 1, 60), ("u", 1, 10)), life(("t", 51, 100))) == (110, 10, 0, 0)  # killed, and again
+    assert account(life(("t", 1, 60), ("u", 1, 10)), life(("t", 62, 100))) == (109, 0, 0, 1)  # silently
+    assert account(life(("t", 1, 60)), life(("t", 61, 100))) == (100, 0, 0, 10)  # a whole stream
+    assert account(life(("t", 1, 90), ("u", 1, 10))) == (100, 0, 0, 10)  # its end
+    assert account(life(("t", 3, 100), ("u", 1, 10))) == (108, 0, 0, 2)  # its beginning
+    gap = ("t", 1, 61, 70)
+    holed = life(("t", 1, 60), ("u", 1, 10), ("t", 71, 100))
+    assert account(holed, gaps=[gap, gap], lost=10) == (100, 0, 10, 0)  # told, in both lives
+    assert account(holed, gaps=[("t", 1, 61, 69)], lost=9) == (100, 0, 9, 1)
+    assert account(holed, lost=10) == (100, 0, 10, 0)  # offsets that are no more: whose, is not known
+    assert account(whole, gaps=[gap], lost=10) == (110, 0, 10, 10)  # told of a loss that there was not
+    assert account(life(("t", 1, 60), ("t", 60, 60), ("t", 61, 100), ("u", 1, 10))) == (110, 0, 0, 1)  # twice in a life
+    assert account(life(("t", 1, 101), ("u", 1, 10))) == (110, 0, 0, 1)  # one that was never sent
+    assert count([life(("t", 5, 9)), life(("t", 1, 3)), life(("t", 2, 6))], ("t", 1), 100) == (9, 4, 0)
+    [t, u] = by_stream(heads, whole, [life(("t", 1, 60)), life(("t", 51, 99))])
+    assert (t.published, t.journaled, t.consumed, t.redelivered) == (100, 100, 99, 10)
+    assert (u.published, u.journaled, u.consumed, u.redelivered) == (10, 10, 0, 0)
+
+
+@pytest.mark.parametrize("cut", range(3))
+def test_demo_does_not_count_what_was_cut_short(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "index"
+    path.write_bytes(b"a.b ff 1\na.b ff 2\nc ff 1\na.b ff 31\n"[: -cut or None])
+    found = consumed(path)
+    assert found["a.b", 255].spans == ([[1, 2], [31, 31]] if not cut else [[1, 2]])
+    assert found["c", 255].spans == [[1, 1]]
 
 
 def test_demo_notes_what_came_twice() -> None:

@@ -55,6 +55,7 @@ def test_fields_name_everything_of_a_message() -> None:
         "age": 1_763_870_002.0 - 1_763_870_000.123456,
         "size": 6,
         "headers": {"k": 1},
+        "offset": None,
     }
     with pytest.raises(KeyError):
         fields["nope"]

@@ -14,8 +14,9 @@ import pytest
 
 import zmqbus
 from tests.cli.commands import PATIENCE, run
-from zmqbus.cli import pubsub, shell
-from zmqbus.cli.pubsub import lines
+from zmqbus.cli import shell
+from zmqbus.cli.pubsub import pub
+from zmqbus.cli.pubsub.pub import lines
 from zmqbus.cli.shell.stopping import Stopped
 from zmqbus.errors import (
     AuthError,
@@ -27,11 +28,14 @@ from zmqbus.errors import (
     JournalUnavailable,
     JournalVersion,
     KeyFileError,
+    LogUnavailable,
     MessageTooLarge,
     NodeClosed,
     NoSpace,
+    NotDurable,
     ParseError,
     SetupError,
+    SubscriptionTaken,
     TopicError,
     UnsupportedValue,
     WaitTimeout,
@@ -65,6 +69,15 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["tap", "-F", ""], 2, "it is empty"),
     (["sub", "a", "--history", "-1"], 2, "--history"),
     (["sub", "a", "--nope"], 2, "No such option"),
+    (["sub", "a", "--durable", ""], 2, "1 to 255 bytes"),
+    (["sub", "a", "--durable", "é" * 128], 2, "1 to 255 bytes"),
+    (["sub", "a", "--durable", "x", "--history", "5"], 2, "--history is of live messages; with --durable"),
+    (["sub", "a", "--start", "first", "--history", "5"], 2, "--history is of live messages; with --start"),
+    (["sub", "a", "--start", "whenever"], 2, "first, last, an offset, or a time: 'whenever' is not a time"),
+    (["sub", "a", "--start", "1h"], 2, "for that long ago write a minus before it"),
+    (["sub", "a", "--start", ""], 2, "an offset, or a time"),
+    (["sub", "a", "--start", "9" * 30], 2, "no journal gets that far"),
+    (["tap", "--since", "whenever"], 2, "'whenever' is not a time"),
     (["pub", "t", "--json", "{"], 2, "is not a JSON value"),
     (["pub", "t", "--json", "18446744073709551616"], 2, "64 bits"),
     (["pub", "t", "x", "-H", "novalue"], 2, "KEY=VALUE"),
@@ -127,7 +140,7 @@ def test_bad_lines_are_named_and_the_others_are_published() -> None:
 
 
 def test_a_line_that_no_message_can_carry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pubsub, "MESSAGE_BYTES_MAX", 100_000)
+    monkeypatch.setattr(pub, "MESSAGE_BYTES_MAX", 100_000)
     code, out, err = run("pub", "t", "--wait-subscribers", "0", text=b"short\n" + b"x" * 300_000 + b"\n")
     assert (code, out) == (2, "")
     published, too_long = err.splitlines()
@@ -173,6 +186,10 @@ def test_standard_input_that_is_closed() -> None:
         (JournalLocked("x", 1), 75),
         (SetupError("x"), 1),
         (NodeClosed("x"), 1),
+        (NotDurable(2, "x"), 3),
+        (SubscriptionTaken("x"), 5),
+        (LogUnavailable("store", "corrupt", "x"), 65),
+        (LogUnavailable("store", "read", "x"), 1),
         (ZmqbusError("x"), 1),
         (PermissionError(13, "Permission denied", "/x"), 74),
         (OSError(28, "No space left on device"), 74),

@@ -14,6 +14,8 @@ import pytest
 
 import zmqbus
 from tests.node.test_aio import drain, eventually, run, two
+from zmqbus.net.clock import now
+from zmqbus.protocol.members.membership import DIAL_S_MIN
 
 
 def alone(bus: str) -> zmqbus.AsyncNode:
@@ -190,6 +192,28 @@ def test_a_cancelled_close_still_closes_everything(bus: str) -> None:
             assert a._engine._factory._context.closed
 
     run(main())
+
+
+def test_who_is_heard_of_during_a_close_is_not_dialled_after_it(bus: str) -> None:
+    """Leaving mDNS takes a moment, in which others come and go."""
+    reports: list[Any] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: reports.append(context))
+        async with zmqbus.AsyncNode("a", bus=bus) as node:
+            peering = node._engine.peering
+            assert peering._discovery is not None
+            leave = peering._discovery.close
+
+            async def close() -> None:
+                peering._perform(peering._membership.hint(4711, "tcp://127.0.0.1:9", now()))
+                await leave()
+
+            peering._discovery.close = close  # type: ignore[method-assign]
+        await asyncio.sleep(DIAL_S_MIN * 4)  # nobody answers: it would have been dialled again by now
+
+    run(main())
+    assert reports == []
 
 
 def test_close_names_who_has_not_got_everything_in_time(bus: str) -> None:

@@ -170,6 +170,27 @@ def test_a_full_outbox_says_so_and_goes_on_when_there_is_room(tmp_path: Path, bu
             wait_for(lambda: seqs(tmp_path / "journal", "a", publisher.origin) == list(range(1, last + 1)))
 
 
+def test_an_old_acknowledgement_after_a_newer_one(tmp_path: Path, bus: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As a forwarder gives it when it is asked by a HEAD that was long under way."""
+    with node(bus, tmp_path) as publisher:
+        publisher.publish("a", 1, durable=True)
+        with running(tmp_path / "journal", bus=bus) as forwarder:
+            for number in range(2, 6):
+                publisher.publish("a", number)
+            wait_for(lambda: publisher.statistics()["outbox_undelivered"] == 0)
+
+            async def tell() -> None:
+                link = forwarder.forwarder._engine.peering.links[publisher.origin]
+                link.send(commands.Ack(forwarder.forwarder.journal, publisher.origin, [(b"a", 3)]))
+                link.send(commands.Ack(forwarder.forwarder.journal, publisher.origin, [(b"b", 7)]))
+
+            forwarder.call(tell())
+            heads = publisher._engine._outbox._heads  # type: ignore[union-attr]
+            wait_for(lambda: (b"b", publisher.origin) in heads)
+            assert heads[b"a", publisher.origin] == {forwarder.forwarder.journal: 5}
+    assert caplog.records == []
+
+
 def test_two_nodes_cannot_have_the_same_outbox(tmp_path: Path, bus: str) -> None:
     with node(bus, tmp_path), pytest.raises(JournalLocked, match=f"in use by process {os.getpid()}"):
         node(bus, tmp_path)

@@ -163,6 +163,24 @@ def test_commit_is_exact_and_takes_the_last_message_as_dealt_with(
     assert subscription.lag == 0
 
 
+def test_it_says_where_it_is(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
+    publish(writer, "a", range(1000))
+    [store] = [peer for peer in reader.peers() if peer.journal]
+
+    def at(following: int, dealt: int) -> list[zmqbus.Position]:
+        return [zmqbus.Position(store.name, store.journal, 10, following, dealt, 1000)]
+
+    with reader.subscribe("a", durable="name", start=10) as subscription:
+        assert subscription.positions == at(10, 10)
+        drain(subscription, 300)
+        assert subscription.positions == at(310, 309)  # the last has not been dealt with
+        subscription.commit(10)
+        assert subscription.positions == at(310, 310)
+        drain(subscription, 690)
+        assert subscription.positions == at(1000, 999)
+    assert reader.subscribe("a").positions == []
+
+
 def test_it_commits_by_itself_while_it_consumes(forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node) -> None:
     publish(writer, "a", range(300))
     subscription = reader.subscribe("a", durable="name", start="first")

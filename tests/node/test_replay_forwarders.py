@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +19,9 @@ import pytest
 import zmqbus
 from tests.forwarder.forwarders import ForwarderProcess, Running, running
 from tests.node.conftest import cursors, drain, eventually, known_to, on_loop, publish, values, wait_for
+from zmqbus.forwarder.readings import Readings
 from zmqbus.journal import Journal
+from zmqbus.net.sockets import SocketFactory
 from zmqbus.protocol.streams.reading import WINDOW_BYTES
 
 # --- forwarders come and go -------------------------------------------------------------------------
@@ -75,6 +78,36 @@ def test_a_commit_waits_for_a_forwarder_that_is_away(
         subscription.commit(20)
         subscription.close()
         assert values(reader.subscribe("a", durable="name"), 1) == [50]
+
+
+def test_what_comes_off_the_disk_when_the_forwarder_has_left(
+    forwarder: Running, writer: zmqbus.Node, reader: zmqbus.Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nobody to send it to, and that is no error."""
+    problems: list[Any] = []
+    begun, left = threading.Event(), threading.Event()
+    load, shut = Readings._load, SocketFactory.close
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        assert left.wait(20)
+        return load(*arguments)
+
+    def close(factory: SocketFactory) -> None:
+        left.set()
+        time.sleep(0.2)  # as if there were something to linger for
+        shut(factory)
+
+    forwarder._loop.set_exception_handler(lambda loop, context: problems.append(context))
+    publish(writer, "a", range(10))
+    monkeypatch.setattr(Readings, "_load", slow)
+    subscription = reader.subscribe("a", start="first")
+    assert begun.wait(20)
+    with monkeypatch.context() as patch:
+        patch.setattr(SocketFactory, "close", close)
+        forwarder.close()
+    assert problems == []
+    assert subscription.get(0) is None
 
 
 @pytest.mark.parametrize("forgets", ["reading", "node"])
@@ -337,3 +370,33 @@ def test_a_forked_child_is_told(bus: str, forwarder: Running, writer: zmqbus.Nod
     done = subprocess.run([sys.executable, "-c", FORKER, bus], capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout) == [0, 1]
     assert cursors(forwarder) == {"name": 1}
+
+
+def test_who_is_gone_reads_no_more(forwarder: Running, writer: zmqbus.Node, bus: str) -> None:
+    """Its cursor is nobody's then: it may be forgotten, and status does not say that somebody reads."""
+
+    def held() -> dict[str, bool]:
+        async def ask() -> dict[str, bool]:
+            return {name: is_read for name, _, is_read in forwarder.forwarder.cursors()}
+
+        return forwarder.call(ask())
+
+    with zmqbus.Node("leaves", bus=bus) as node:
+        known_to(node)
+        node.subscribe("a", durable="left")
+        assert held() == {"left": True}
+    eventually(lambda: held() == {"left": False})
+    program = (
+        "import sys, zmqbus\n"
+        f"node = zmqbus.Node('killed', bus={bus!r})\n"
+        "node.wait_for_peers(2, 20)\n"
+        "subscription = node.subscribe('a', durable='killed')\n"
+        "print('reading', flush=True)\n"
+        "subscription.get(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        assert held() == {"left": False, "killed": True}
+        process.kill()
+    eventually(lambda: held() == {"left": False, "killed": False})

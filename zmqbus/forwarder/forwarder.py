@@ -241,6 +241,10 @@ class Forwarder:
             return True
         return self._readings.serve(inbox, identity, origin, command)
 
+    def left(self, origin: int) -> None:
+        """A peer is no longer there, and reads no more."""
+        self._readings.left(origin)
+
     # --- inside ------------------------------------------------------------------------------------
 
     def _committed(self, commit: Commit) -> None:

@@ -105,6 +105,12 @@ class Readings:
         for reading in list(self._readings.values()):
             self._step(reading)
 
+    def left(self, origin: int) -> None:
+        """A node is no longer there; should it be back, it asks anew."""
+        for key, reading in list(self._readings.items()):
+            if key[0] == origin:
+                self._end(reading)
+
     def cursors(self) -> list[tuple[str, int, bool]]:
         """Name, offset, and whether somebody reads under it."""
         return [(name, c.offset, name in self._holders) for name, c in self._journal.cursors.all().items()]
@@ -163,7 +169,8 @@ class Readings:
         if start > journal.durable_offset:
             raise ValueError(f"offset {start:,} is not there yet: the journal ends at {journal.durable_offset:,}")
         if reading.cursor:
-            await self._committer.commit_cursors({reading.cursor: Cursor(start)})
+            await self._committer.commit_cursors({reading.cursor: Cursor(start)}, forward=True)
+            start = journal.cursors.all().get(reading.cursor, Cursor(start)).offset  # another may have been quicker
         return start
 
     def _tell(self, reading: Reading, if_due: bool) -> None:
@@ -238,8 +245,12 @@ class Readings:
             self._spawn(self._move(inbox, identity, request, body))
 
     async def _move(self, inbox: Inbox, identity: bytes, request: int, body: commands.Commit) -> None:
+        # A reader may have been taken over, and have read on without hearing of it: it takes back nothing of what was
+        # committed meanwhile.
+        forward = bool(body.id)
         try:
-            await self._committer.commit_cursors({body.cursor: None if body.forget else Cursor(body.offset)})
+            cursor = None if body.forget else Cursor(body.offset)
+            await self._committer.commit_cursors({body.cursor: cursor}, forward=forward)
         except (NoSpace, ValueError) as error:
             inbox.answer(identity, Error("cursor", str(error)[:1000]), request)
         except JournalError as error:

@@ -48,7 +48,7 @@ from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
 from zmqbus.protocol.frames import decode_batches
-from zmqbus.protocol.members.peers import Peer
+from zmqbus.protocol.members.peers import Peer, PeerLeft
 from zmqbus.protocol.streams.history import History
 from zmqbus.protocol.streams.stream import Fetch, Gap
 from zmqbus.protocol.streams.tracking import Tracker
@@ -492,3 +492,5 @@ class Engine:
     def emit(self, event: Event) -> None:
         """Tell every listener."""
         self._listeners.emit(event)
+        if isinstance(event, PeerLeft) and self._extension is not None:
+            self._extension.left(event.peer.origin)

@@ -33,7 +33,8 @@ from tests.cli.journal.journals import (
     snapshot,
     tear,
 )
-from zmqbus.cli.journal import read, save
+from zmqbus.cli.journal import save
+from zmqbus.cli.shell import bus
 from zmqbus.journal import Cursor
 from zmqbus.journal.repair import repair
 
@@ -212,7 +213,7 @@ def test_dump_of_large_values_and_in_hex(path: Path) -> None:
 def test_dump_finds_what_was_asked_for(
     path: Path, args: tuple[str, ...], wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "time_ns", lambda: START_NS + BATCHES * MINUTE_NS)
+    monkeypatch.setattr(bus, "time_ns", lambda: START_NS + BATCHES * MINUTE_NS)
     assert offsets(str(path), *args) == list(wanted)
     file = tmp_path / "export"
     code, _, err = run("journal", "export", str(path), *args, "-o", str(file))

@@ -11,12 +11,12 @@ import msgspec
 
 from zmqbus.cli import shell
 from zmqbus.cli.journal.shared import directory, helpful
-from zmqbus.cli.messages.forms import Fields, parse_time_ns, to_json
+from zmqbus.cli.messages.forms import Fields, to_json
 from zmqbus.cli.shell import remark
-from zmqbus.cli.shell.bus import Whole
+from zmqbus.cli.shell.bus import Moment, Whole
 from zmqbus.cli.shell.output import PATIENCE, Output, plural
 from zmqbus.cli.shell.stopping import check
-from zmqbus.errors import ParseError, RemoteProtocolError
+from zmqbus.errors import RemoteProtocolError
 from zmqbus.net.clock import time_ns
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.topics import Matcher, check_pattern
@@ -25,21 +25,6 @@ if TYPE_CHECKING:
     from zmqbus.journal.records import Batch
 
 # --- which messages ----------------------------------------------------------------------------
-
-
-class Moment(click.ParamType):  # type: ignore[type-arg]
-    """`2026-07-31T03:00`, `03:00`, `-1h`: Unix ns."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Unix ns."""
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_time_ns(value, time_ns())
-        except ParseError as error:
-            self.fail(str(error), param, ctx)
 
 
 class Selection(NamedTuple):

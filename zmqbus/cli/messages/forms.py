@@ -84,8 +84,10 @@ FIELDS: Mapping[str, Callable[[Fields], Any]] = {
     "age": lambda fields: fields.now - fields.message.time,
     "size": lambda fields: fields.size,
     "headers": lambda fields: fields.message.headers or {},
+    "offset": lambda fields: fields.message.offset,
 }
-"""Every field name that `--where` and `-F` know. `age` is negative where the publisher's clock runs ahead."""
+"""Every field name that `--where` and `-F` know. `age` is negative where the publisher's clock runs ahead.
+`offset` is None of a message that comes live."""
 
 
 def moment(seconds: float) -> datetime:

@@ -281,7 +281,14 @@ _STEP = re.compile(r"\.([^.\[\]]+)|\[([^\[\]]+)\]")
 _INDEX = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 _WIDE = re.compile(r"[0-9]{4}")
 _BACKSLASHES = {r"\t": "\t", r"\n": "\n", r"\0": "\0", r"\\": "\\"}
-_SAMPLES: dict[str, tuple[Any, ...]] = {"topic": ("",), "origin": ("",), "node": ("",), "seq": (0,), "size": (0,)}
+_SAMPLES: dict[str, tuple[Any, ...]] = {
+    "topic": ("",),
+    "origin": ("",),
+    "node": ("",),
+    "seq": (0,),
+    "size": (0,),
+    "offset": (0,),
+}
 _NUMBERS = ("time", "age")
 
 
@@ -328,7 +335,7 @@ class FormatString:
             found = fields[name]
             for key in path:
                 found = _lookup_text(found, key)
-            if found is MISSING or (name == "size" and found is None):
+            if found is MISSING or (found is None and name in ("size", "offset")):
                 return ""
             if name in _NUMBERS and not path:
                 return escape(_format_number(name, found, spec))

@@ -25,9 +25,12 @@ from zmqbus.errors import (
     JournalLocked,
     JournalUnavailable,
     JournalVersion,
+    LogUnavailable,
     MessageTooLarge,
     NoSpace,
+    NotDurable,
     ParseError,
+    SubscriptionTaken,
     TopicError,
     UnsupportedValue,
     WaitTimeout,
@@ -37,7 +40,7 @@ from zmqbus.errors import (
 
 # --- exit codes --------------------------------------------------------------------------------
 
-OK, FAILED, USAGE, TIMED_OUT, LOST = range(5)
+OK, FAILED, USAGE, TIMED_OUT, LOST, TAKEN = range(6)
 # As in sysexits.h:
 DATA_ERROR, NO_INPUT, BUG, CANNOT_CREATE, IO_ERROR, IN_USE, NO_PERMISSION = 65, 66, 70, 73, 74, 75, 77
 INTERRUPTED, OUTPUT_CLOSED = 130, 141  # 128 + the signal's number, as shells have it
@@ -48,6 +51,7 @@ EXIT_CODES = {
     USAGE: "the command line is wrong: an option, a topic, a value, an expression",
     TIMED_OUT: "waited in vain: nobody there, too few messages, no confirmation",
     LOST: "messages were lost (with --fail-on-loss, and demo)",
+    TAKEN: "another consumer has taken over the durable name (sub --durable)",
     DATA_ERROR: "a journal is damaged, or something in it is no message",
     NO_INPUT: "there is no journal, or it cannot be opened, or it is of a newer zmqbus",
     BUG: "an error in zmqbus itself; ZMQBUS_DEBUG=1 shows where",
@@ -65,13 +69,15 @@ def code_of(error: ZmqbusError) -> int:
     match error:
         case TopicError() | ParseError() | WhereError() | FormatError() | UnsupportedValue() | MessageTooLarge():
             return USAGE
-        case WaitTimeout():
+        case WaitTimeout() | NotDurable():
             return TIMED_OUT
         case GapError():
             return LOST
         case AuthError():
             return NO_PERMISSION
-        case JournalCorrupt():
+        case SubscriptionTaken():
+            return TAKEN
+        case JournalCorrupt() | LogUnavailable(code="corrupt"):
             return DATA_ERROR
         case JournalUnavailable() | JournalVersion():
             return NO_INPUT

@@ -7,12 +7,13 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from zmqbus.cli.messages.forms import human_bytes, parse_duration, parse_size
+from zmqbus.cli.messages.forms import human_bytes, parse_duration, parse_size, parse_time_ns
 from zmqbus.cli.shell import remark
 from zmqbus.cli.shell.output import on_terminal
 from zmqbus.cli.shell.stopping import PEEK, check, rest, suspended
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 SETTLE = "1.5s"  # nodes on one machine or LAN have found each other well within this
 PAUSE_EVERY = 0.1  # seconds: how often output is let out while more and more comes
+_EPOCH = datetime.fromtimestamp(0, UTC)
 
 # --- options -----------------------------------------------------------------------------------
 
@@ -47,6 +49,32 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         if not self._least <= seconds <= self._most:
             self.fail(f"{value!r} is not between {self._least:g}s and {self._most:g}s", param, ctx)
         return seconds
+
+
+class Moment(click.ParamType):  # type: ignore[type-arg]
+    """`2026-07-31T03:00`, `03:00`, `-1h`: Unix ns. With `ago`, a plain duration, `10m`, is that long ago as well."""
+
+    name = "time"
+
+    def __init__(self, *, ago: bool = False) -> None:
+        self._ago = ago
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Unix ns."""
+        if isinstance(value, int):
+            return value
+        if self._ago:
+            with contextlib.suppress(ParseError):
+                return time_ns() - round(parse_duration(value) * 1e9)
+        try:
+            return parse_time_ns(value, time_ns())
+        except ParseError as error:
+            self.fail(str(error), param, ctx)
+
+
+def since(time_ns: int) -> datetime:
+    """Unix ns as `subscribe(start=…)` takes it; not later, in whole microseconds."""
+    return _EPOCH + timedelta(microseconds=time_ns // 1000)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]

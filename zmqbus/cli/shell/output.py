@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
+    from zmqbus.node.events import LogGap
     from zmqbus.protocol.streams.stream import Gap
 
 BLOCK_BYTES = 64 * 1024  # gathered before it is written, while more comes
@@ -148,19 +149,24 @@ class Losses(Protocol):
         """Ranges."""
 
 
-def loss_report(losses: Losses, name: Callable[[int], str]) -> str:
-    """`nothing lost`, or how much, and below it which messages, by publisher and range."""
+def loss_report(losses: Losses, name: Callable[[int], str], dropped: Sequence[LogGap] = ()) -> str:
+    """`nothing lost`, or how much, and below it which messages, by publisher and range; of a log also by offsets that
+    are no more."""
     from zmqbus.cli.messages.render import escape
 
     if not losses.lost:
         return "nothing lost"
     gaps = losses.gaps
     lines = [f"{plural(losses.lost, 'message')} lost:"]
+    lines += [
+        f"  offsets {one.first} to {one.last} of {escape(one.forwarder)} ({one.count:,}, of any topic)"
+        for one in dropped[:GAPS_SHOWN]
+    ]
     for gap in gaps[:GAPS_SHOWN]:
         span = f"#{gap.first}" if gap.first == gap.last else f"#{gap.first} to #{gap.last}"
         lines.append(f"  {escape(gap.topic)}  {escape(name(gap.origin) or f'{gap.origin:016x}')}{span} ({gap.count:,})")
-    if len(gaps) > GAPS_SHOWN:
-        lines.append(f"  … and {plural(len(gaps) - GAPS_SHOWN, 'more range')}")
+    if (more := max(0, len(gaps) - GAPS_SHOWN) + max(0, len(dropped) - GAPS_SHOWN)) > 0:
+        lines.append(f"  … and {plural(more, 'more range')}")
     return "\n".join(lines)
 
 

@@ -44,6 +44,11 @@ def check() -> None:
         raise Stopped(_asked)
 
 
+def asked() -> bool:
+    """Whether the command was asked to stop."""
+    return bool(_asked)
+
+
 def rest(seconds: float) -> None:
     """Sleep; raises Stopped soon after the command was asked to stop."""
     until = now() + seconds

@@ -3,6 +3,9 @@
 Messages are taken off the subscription as fast as they come (drain.py) and shown as fast as the terminal takes them
 (views.py). On Ctrl-Z it leaves the bus before it stops, and comes back when it goes on: a subscriber that stands still
 would make publishers wait.
+
+With `--since` it reads the forwarders' logs, and follows them. Nobody waits for who reads a log, so there it takes its
+time: nothing makes room, and after Ctrl-Z it goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import click
 from zmqbus.cli import shell
 from zmqbus.cli.messages.forms import Fields, human_age, to_json
 from zmqbus.cli.shell import remark, stopping
-from zmqbus.cli.shell.bus import Bus, Duration, Watch, Whole, greet, messages
+from zmqbus.cli.shell.bus import Bus, Duration, Moment, Watch, Whole, greet, messages, since
 from zmqbus.cli.shell.output import loss_report, plural
 from zmqbus.cli.tap.drain import Drain
 from zmqbus.cli.tap.views import Latest, Stream, Subjects, View
@@ -24,7 +27,11 @@ from zmqbus.net.clock import now
 from zmqbus.protocol.topics import Matcher, check_pattern
 
 if TYPE_CHECKING:
+    from zmqbus.cli.shell.following import Following
+    from zmqbus.node.events import LogGap
+    from zmqbus.node.faces.node import Node
     from zmqbus.node.faces.subscription import Subscription
+    from zmqbus.protocol.message import Message
     from zmqbus.protocol.streams.stream import Gap
 
 
@@ -36,6 +43,7 @@ class Tally:
         self.unseen = 0  # not looked at: they made room, or still waited in the end
         self.lost = 0
         self.gaps: list[Gap] = []
+        self.dropped: list[LogGap] = []
         self.names: dict[int, str] = {}
 
     def name(self, origin: int) -> str:
@@ -59,7 +67,7 @@ class Tally:
             if shown == f"{seen:,} matched and shown"
             else f"{plural(seen, 'message')} seen, {shown}",
             f"{self.unseen:,} not shown: they came faster than they could be" if self.unseen else "",
-            loss_report(self, self.name),
+            loss_report(self, self.name, self.dropped),
         )
         return "; ".join(filter(None, parts))
 
@@ -76,6 +84,7 @@ class Sniffer:
         *,
         count: int | None,
         seconds: float | None,
+        since_ns: int | None,
         quiet: bool,
     ) -> None:
         self.tally = Tally()
@@ -85,6 +94,7 @@ class Sniffer:
         self._view = view
         self._count = count
         self._seconds = seconds
+        self._since_ns = since_ns
         self._quiet = quiet
         self._until: float | None = None
         self._finished = False
@@ -104,11 +114,24 @@ class Sniffer:
 
     def _stay(self) -> bool:
         """Until it is over (False), or Ctrl-Z came (True)."""
+        with self._bus.join("tap") as (node, watch):
+            if self._since_ns is not None and (following := self._log(node, watch)) is not None:
+                self._read(node, watch, following, self._since_ns)
+                return False
+            return self._look_on(node, watch)
+
+    def _begin(self) -> float:
+        """It is on the bus, and messages come; returns until when."""
+        if self._until is None:
+            greet(self._patterns, self._bus)
+            self._until = now() + (inf if self._seconds is None else self._seconds)
+        return self._until
+
+    def _look_on(self, node: Node, watch: Watch) -> bool:
+        """At what is published now."""
         tally, view, fits = self.tally, self._view, self._fits
-        with self._bus.join("tap") as (node, watch), node.subscribe(*self._patterns, observe=True) as subscription:
-            if self._until is None:
-                greet(self._patterns, self._bus)
-                self._until = now() + (inf if self._seconds is None else self._seconds)
+        with node.subscribe(*self._patterns, observe=True) as subscription:
+            until = self._begin()
             watch.names |= tally.names
             drain = Drain(subscription)
             looked_at, enough = 0, False
@@ -118,7 +141,7 @@ class Sniffer:
                 watch.poll()
 
             try:
-                for message, at in messages(drain.take, self._until, pause):
+                for message, at in messages(drain.take, until, pause):
                     looked_at += 1
                     fields = Fields(message, now=at, node=watch.name(message.origin))
                     if fits(fields):
@@ -134,6 +157,59 @@ class Sniffer:
                 if enough or not stopping.suspended():
                     self._finish()  # before the node takes its time to leave
             return not enough and stopping.suspended()
+
+    def _log(self, node: Node, watch: Watch) -> Following | None:
+        """Say what is going to be read. None: there is no forwarder."""
+        from zmqbus.cli.messages.render import escape
+        from zmqbus.cli.shell.following import Following
+
+        following = Following(node, watch, quiet=self._quiet)
+        forwarders = following.forwarders()
+        if not forwarders:
+            self._since_ns = None
+            if not watch.refused:
+                remark(f"no forwarder is on bus {self._bus.name!r}, so there is no log to read; this is live")
+            return None
+        if not self._quiet:
+            said = ", ".join(f"{escape(peer.name)} ({escape(' '.join(peer.claims))})" for peer in forwarders)
+            remark(f"reading the log of {said}: nothing but what is claimed, once it is on disk")
+        return following
+
+    def _read(self, node: Node, watch: Watch, following: Following, since_ns: int) -> None:
+        """The logs, and then what comes there."""
+        tally, view, fits = self.tally, self._view, self._fits
+        with node.subscribe(*self._patterns, start=since(since_ns)) as subscription:
+            until = self._begin()
+
+            def take(timeout: float) -> Sequence[Message]:
+                message = subscription.get(timeout)
+                return () if message is None else (message,)
+
+            def pause() -> None:
+                view.pause()
+                watch.poll()
+                following.poll(subscription)
+
+            pause()
+            try:
+                while True:
+                    for message, at in messages(take, until, pause):
+                        tally.looked_at += 1
+                        fields = Fields(message, now=at, node=watch.name(message.origin))
+                        if fits(fields):
+                            tally.matched += 1
+                            view.add(fields)
+                            if tally.matched == self._count:
+                                return
+                    if not stopping.suspended():
+                        return
+                    view.hide()
+                    stopping.suspend()
+            finally:
+                following.poll(subscription)
+                tally.dropped = following.dropped
+                tally.add(subscription, watch, 0)
+                self._finish()
 
     def _finish(self) -> None:
         if self._finished:
@@ -179,6 +255,13 @@ def _view(template: str | None, as_json: bool, dump: bool, subjects: bool, lates
 @click.option("-n", "--count", type=Whole(1), metavar="N", help="End after N messages.")
 @click.option("--for", "seconds", type=Duration(), help="End after this time, such as 10s or 1h30m.")
 @click.option(
+    "--since",
+    "since_ns",
+    type=Moment(ago=True),
+    metavar="TIME",
+    help="Begin with what the forwarders' logs have since then, such as 10m (ago), 03:00 or 2026-07-31T03:00.",
+)
+@click.option(
     "--subjects", is_flag=True, help="A table of topics with messages, rate and bandwidth; live on a terminal."
 )
 @click.option(
@@ -197,6 +280,7 @@ def tap(
     dump: bool,
     count: int | None,
     seconds: float | None,
+    since_ns: int | None,
     subjects: bool,
     latest: bool,
     fail_on_loss: bool,
@@ -208,6 +292,8 @@ def tap(
 
     tap only looks on. When messages come faster than the terminal takes them, the oldest that wait are not shown, and
     counted; publishers are not held up. Nor are they by Ctrl-Z: tap leaves the bus, and comes back when it goes on.
+    With --since it reads the logs of forwarders, and follows them: everything is shown, but only of topics that are
+    claimed. Without a forwarder it says so, and is live.
 
     \b
     Examples:
@@ -215,9 +301,10 @@ def tap(
       zmqbus tap --where 'value.status >= 500 and startswith(topic, "logs.")'
       zmqbus tap --subjects
       zmqbus tap 'sensors.*' --for 10s --json > sensors.ndjson
+      zmqbus tap 'logs.>' --since 10m --where 'value.status >= 500'
 
     \b
-    --where knows topic, value, seq, origin, node, time, age, size, headers;
+    --where knows topic, value, seq, origin, node, time, age, size, headers, offset;
       == != < <= > >= in, and or not, + - * / // %, value.key, value["a key"][0];
       has(x) len(x) lower(x) int(x) float(x) str(x)
       startswith(x, y) endswith(x, y) contains(x, y) matches(x, r"regex")
@@ -241,6 +328,7 @@ def tap(
         _view(template, as_json, dump, subjects, latest),
         count=count,
         seconds=seconds,
+        since_ns=since_ns,
         quiet=quiet,
     )
     sniffer.run()

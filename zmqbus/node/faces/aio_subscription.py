@@ -14,7 +14,7 @@ from zmqbus.node.engine import Engine
 from zmqbus.node.faces.subscription import NO_CURSOR
 from zmqbus.node.publishing.publisher import TICK
 from zmqbus.node.receiving.intake import Intake
-from zmqbus.node.receiving.replay import Replay
+from zmqbus.node.receiving.replay import Position, Replay
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.streams.stream import Gap
 
@@ -167,6 +167,11 @@ class AsyncSubscription:
     def patterns(self) -> tuple[str, ...]:
         """What was subscribed to."""
         return tuple(self._asked[0])
+
+    @property
+    def positions(self) -> list[Position]:
+        """See `Subscription.positions`."""
+        return []
 
     @property
     def lag(self) -> int | None:
@@ -379,6 +384,11 @@ class AsyncLogSubscription(AsyncSubscription):
     def lag(self) -> int | None:
         """See `LogSubscription.lag`."""
         return self._replay.lag if self._replay else None
+
+    @property
+    def positions(self) -> list[Position]:
+        """See `LogSubscription.positions`."""
+        return self._replay.positions if self._replay else []
 
     async def commit(self, timeout: float | None = None) -> None:
         """See `LogSubscription.commit`."""

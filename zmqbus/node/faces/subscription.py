@@ -13,7 +13,7 @@ from zmqbus.errors import ForkedProcess, NodeClosed, SetupError
 from zmqbus.net.clock import now
 from zmqbus.node.engine import Engine
 from zmqbus.node.receiving.intake import Intake
-from zmqbus.node.receiving.replay import Replay
+from zmqbus.node.receiving.replay import Position, Replay
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.streams.stream import Gap
 
@@ -134,6 +134,11 @@ class Subscription:
     def lag(self) -> int | None:
         """Of a subscription to the log: see `LogSubscription`. What is live has none."""
         return None
+
+    @property
+    def positions(self) -> list[Position]:
+        """Of a subscription to the log: see `LogSubscription`. What is live has none."""
+        return []
 
     def commit(self, timeout: float | None = None) -> None:
         """Of a durable subscription: see `LogSubscription`.
@@ -265,6 +270,11 @@ class LogSubscription(Subscription):
         """Offsets, of any topic, from what was handed out to the ends of the logs as last heard, which is seconds ago
         at most; None: no forwarder has told yet."""
         return self._replay.lag
+
+    @property
+    def positions(self) -> list[Position]:
+        """How far it is in the log of each forwarder that has told where it begins."""
+        return self._replay.positions
 
     def commit(self, timeout: float | None = None) -> None:
         """Return when the forwarders have on disk how far this is: all that was handed out, to this thread with its

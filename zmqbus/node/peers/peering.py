@@ -469,14 +469,13 @@ class Peering:
 
     async def close(self) -> None:
         """Let go of everything."""
-        for timer in (*self._timers, self._timer, self._poll_soon):
-            if timer is not None:
-                timer.cancel()
+        self._cancel_timers()
         if self._news is not None:
             self._loop.remove_reader(self._news.fileno())
             self._news.close()
         if self._discovery is not None:
             await self._discovery.close()
+            self._cancel_timers()  # meanwhile others came and went
         for task in list(self._tasks):
             task.cancel()
         self.registry.close()
@@ -485,3 +484,8 @@ class Peering:
         self._dialled.clear()
         self.links.clear()
         self._hearing.close()
+
+    def _cancel_timers(self) -> None:
+        for timer in (*self._timers, self._timer, self._poll_soon):
+            if timer is not None:
+                timer.cancel()

@@ -28,6 +28,9 @@ class Extension(Protocol):
     def serve(self, inbox: Inbox, identity: bytes, origin: int, command: Command) -> bool:
         """Answer a command. False: it is not one of ours."""
 
+    def left(self, origin: int) -> None:
+        """A peer is no longer there."""
+
     def counters(self) -> Counters:
         """Figures beside those of every node."""
 

@@ -19,7 +19,7 @@ from itertools import count, repeat
 from operator import length_hint
 from sys import maxsize
 from threading import Condition
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -38,6 +38,21 @@ GAPS_KEPT = 1000  # for a report at the end; the count of lost messages goes on
 DROPPED = -1  # as the size of a batch: there is none, the offsets are no more
 
 NO_STREAM = Met("", (b"", 0), 0, 0, 0), b"\0", maxsize  # no frame is that long
+
+
+class Position(NamedTuple):
+    """How far a subscription is in one forwarder's log. Offsets are those of its journal."""
+
+    forwarder: str
+    journal: int
+    begin: int
+    """Where it began."""
+    next: int
+    """Behind what was handed out."""
+    dealt: int
+    """Before this offset everything has been dealt with: what is committed, or soon will be."""
+    end: int
+    """Of the journal, as last heard."""
 
 
 class Driver(Protocol):
@@ -173,6 +188,13 @@ class Replay:
         """Offsets between what was handed out and the ends of the journals, as last told; None: not known. No lock."""
         known = [reading for reading in self.readings if reading.next is not None]
         return sum(max(0, r.end - self._position(r)) for r in known) if known else None
+
+    @property
+    def positions(self) -> list[Position]:
+        """The same for each journal that has told. Takes the lock itself."""
+        with self.bell:
+            known = [reading for reading in self.readings if reading.next is not None]
+            return [Position(r.name, r.journal, r.begin, self._position(r), self.dealt_with(r), r.end) for r in known]
 
     def dealt_with(self, reading: Reading) -> int:
         """The offset before which everything has been dealt with: what may be committed."""

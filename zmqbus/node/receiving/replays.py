@@ -195,6 +195,8 @@ class Replays:
         durable = [self._commit(run, timeout) for run in runs if run.cursor and run.failure is None]
         if durable:
             await asyncio.gather(*durable)
+        for run in runs:
+            self._hang_up(run)
 
     def end(self, reason: Exception) -> None:
         """The node closes."""

@@ -103,9 +103,13 @@ class Committer:
             self.full = True
             self._on_full(True)
 
-    async def commit_cursors(self, cursors: Mapping[str, Cursor | None]) -> None:
-        """Move cursors; on disk when this returns. Raises NoSpace, JournalFailed, ValueError."""
-        await self._worker.do(self._journal.commit_cursors, cursors)
+    async def commit_cursors(self, cursors: Mapping[str, Cursor | None], *, forward: bool = False) -> None:
+        """Move cursors; on disk when this returns. `forward`: those that are further on already stay where they are.
+
+        Raises:
+            NoSpace, JournalFailed, ValueError
+        """
+        await self._worker.do(self._commit_forward if forward else self._journal.commit_cursors, cursors)
 
     async def settle(self) -> None:
         """Wait until all that has been appended is on disk."""
@@ -122,6 +126,17 @@ class Committer:
         await self._worker.do(lambda: None)
 
     # --- inside ------------------------------------------------------------------------------------
+
+    def _commit_forward(self, cursors: Mapping[str, Cursor | None]) -> None:
+        """On the worker, so that it is compared with what was committed just before."""
+        there = self._journal.cursors.all()
+        ahead = {
+            name: cursor
+            for name, cursor in cursors.items()
+            if cursor is None or name not in there or cursor.offset > there[name].offset
+        }
+        if ahead:
+            self._journal.commit_cursors(ahead)
 
     def _sync(self, ticket: Ticket) -> None:
         self._busy = True

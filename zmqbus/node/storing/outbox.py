@@ -193,11 +193,11 @@ class Outbox:
     def delivered(self, journal: int, origin: int, heads: Iterable[tuple[bytes, int]]) -> None:
         """A forwarder has all of these streams up to these seqs."""
         for topic, seq in heads:
-            by_journal = self._heads.setdefault((topic, origin), {})
+            key = topic, origin
+            by_journal = self._heads.setdefault(key, {})
             by_journal[journal] = max(seq, by_journal.get(journal, 0))
-            following = self._left.get((topic, origin))
-            if following is not None and following <= self._delivered((topic, origin)) + 1:
-                del self._left[topic, origin]
+            if key in self._left and self._left[key] <= self._delivered(key) + 1:
+                del self._left[key]
         self._moved.set()
 
     def offer(self) -> None:

@@ -240,6 +240,8 @@ class Inbox:
 
     def answer(self, identity: bytes, body: Body, request: int, batches: Sequence[bytes] = ()) -> bool:
         """Send to whoever asked. False: gone, or not reading its answers; it will ask again if it still wants to."""
+        if self._socket.closed:
+            return False  # what waited for a disk may come late
         try:
             self._socket.send_multipart([identity, *encode_command(body, request, batches)], NOBLOCK, copy=False)
         except Refused as error:

@@ -45,6 +45,8 @@ class Reading:
         self.name = ""
         """Of the forwarder, for people."""
         self.place = LOST
+        self.begin = 0
+        """Where it began, once `next` is known."""
         self.next: int | None = None
         """Behind all that came; None until it is known where to begin."""
         self.end = 0
@@ -118,7 +120,7 @@ class Reading:
         self.end = log.end
         floor = self.next
         if floor is None:
-            floor = self.passed = self.committed = log.next
+            floor = self.begin = self.passed = self.committed = log.next
         self.place = OPEN
         self.next = max(floor, log.next)
         self.received_bytes += size

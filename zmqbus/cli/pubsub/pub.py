@@ -1,10 +1,16 @@
-"""`zmqbus pub` and `zmqbus sub`: publish values or lines, and print what is published."""
+"""`zmqbus pub`: publish values, or the lines of standard input.
+
+With `--durable` they are published one after the other without waiting, and waited for together: all of them in the
+end, and before that whenever so much is on its way that the node's buffer might fill up. Publishing itself never
+waits then, so that Ctrl-C is always heard.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import select
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedIOBase
 from itertools import repeat
 from math import inf
@@ -12,21 +18,23 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+import msgspec
 
 from zmqbus.cli import shell
-from zmqbus.cli.messages.forms import Fields, parse_value, to_json
+from zmqbus.cli.messages.forms import parse_value
 from zmqbus.cli.shell import remark, stopping
-from zmqbus.cli.shell.bus import Bus, Duration, Rate, Whole, greet, messages
-from zmqbus.cli.shell.output import PATIENCE, Output, colored, loss_report, plural
-from zmqbus.errors import ParseError, WaitTimeout
+from zmqbus.cli.shell.bus import Bus, Duration, Rate, Watch, Whole
+from zmqbus.cli.shell.output import plural
+from zmqbus.errors import NotDurable, ParseError, WaitTimeout
 from zmqbus.net.clock import now
 from zmqbus.protocol.frames import MESSAGE_BYTES_MAX
-from zmqbus.protocol.topics import check_pattern, encode_topic
+from zmqbus.protocol.streams.acks import NO_ROOM, UNCLAIMED
+from zmqbus.protocol.topics import Matcher, encode_topic
 
 if TYPE_CHECKING:
     from zmqbus.node.events import Undelivered
     from zmqbus.node.faces.node import Node
-    from zmqbus.protocol.message import Message
+    from zmqbus.node.publishing.publisher import Publisher
 
 WAIT = 2.0  # for the first subscriber, when nothing was said about waiting
 SETTLE = 0.15  # after the first one: others that are there already answer within this
@@ -35,8 +43,13 @@ CONFIRM_STOPPED = 1.0  # … when asked to stop
 READ_BYTES = 64 * 1024  # of standard input at a time
 PAUSE_MAX = 1.0  # behind its schedule by more than this, `--rate` starts a new one: there was no input
 SPIN = 0.001  # waits below this are left out, and made up for by the next one
+CLAIM = 5.0  # that a forwarder may take to be there, when nothing was said about waiting: it may be starting
+LOOK = 0.02  # between two looks for one
+PATIENT = 2.0  # it is said what is waited for after this
+UNACKED_BYTES_MAX = 8 * 1024 * 1024  # on their way to a forwarder's disk; an eighth of the node's buffer
+UNACKED_MAX = 20_000  # messages, which are rarely smaller than the rest of that
 
-# --- pub ---------------------------------------------------------------------------------------
+# --- what to publish ---------------------------------------------------------------------------
 
 
 class Pacer:
@@ -189,6 +202,68 @@ def _leave(node: Node, patience: float) -> list[Undelivered]:
     return late
 
 
+class Durably:
+    """Publishes on one topic without waiting, and waits for the disk of a forwarder now and then."""
+
+    def __init__(self, node: Node, topic: str, watch: Watch, timeout: float | None) -> None:
+        """Each wait lasts at most `timeout` seconds; None: no limit, except that a forwarder has to be found soon."""
+        self.published = 0
+        self.unknown = 0
+        """Messages, the last of them, that are not known to be on a disk; as of the last wait."""
+        self._node = node
+        self._topic = topic
+        self._watch = watch
+        self._timeout = timeout
+        self._bytes = 0
+
+    def await_forwarder(self) -> bool:
+        """Until one claims the topic. False: none did in time."""
+        until = now() + (CLAIM if self._timeout is None else self._timeout)
+        while not any(peer.journal and Matcher(peer.claims).matches(self._topic) for peer in self._node.peers()):
+            self._watch.poll()
+            if now() >= until:
+                return False
+            stopping.rest(LOOK)
+        return True
+
+    def send(self, publisher: Publisher, value: Any, headers: dict[str, str] | None) -> None:
+        """Publish one value; waits if much is on its way already. Raises NotDurable then, if that is in vain."""
+        publisher.send(value, headers)
+        self.published += 1
+        self.unknown += 1
+        self._bytes += len(value) if isinstance(value, str | bytes) else len(msgspec.msgpack.encode(value))
+        if self._bytes >= UNACKED_BYTES_MAX or self.unknown >= UNACKED_MAX:
+            self.settle()
+
+    def settle(self, patience: float | None = None) -> None:
+        """Until everything is on disk. `patience`: in place of the timeout, and not to be interrupted.
+
+        Raises:
+            NotDurable: it was not in time, or cannot be for now.
+        """
+        limit = self._timeout if patience is None else patience
+        began = now()
+        until = inf if limit is None else began + limit
+        said = patience is not None
+        while self.unknown:
+            if patience is None:
+                stopping.check()
+            left = until - now()
+            try:
+                self._node.flush(max(0.0, min(left, stopping.PEEK)))
+                self._bytes = self.unknown = 0
+            except NotDurable as error:
+                self.unknown = min(self.unknown, error.unacked or self.unknown)
+                self._watch.poll()
+                if error.reason in (NO_ROOM, UNCLAIMED):
+                    raise
+                if left <= stopping.PEEK:
+                    raise NotDurable(self.unknown, f"no acknowledgement within {limit:g} s") from None
+                if not said and now() >= began + PATIENT:
+                    said = True
+                    remark(f"waiting for {plural(self.unknown, 'message')} to be on a forwarder's disk; Ctrl-C ends")
+
+
 @click.command()
 @click.argument("topic")
 @click.argument("values", nargs=-1, metavar="[VALUE]...")
@@ -208,9 +283,18 @@ def _leave(node: Node, patience: float) -> list[Undelivered]:
     "wanted",
     type=Whole(0),
     metavar="N",
-    help="Publish nothing before there are N subscribers; 0: at once. Default: wait up to 2 s for one, then go ahead.",
+    help="Publish nothing before there are N subscribers; 0: at once. Default: wait up to 2 s for one, then go ahead; "
+    "with --durable, 0.",
 )
-@click.option("--timeout", type=Duration(), help="Wait no longer than this for subscribers.")
+@click.option(
+    "--durable",
+    is_flag=True,
+    help="Publish nothing before there is a forwarder that claims the topic, and do not end before everything is on "
+    "its disk.",
+)
+@click.option(
+    "--timeout", type=Duration(), help="Wait no longer than this for subscribers, and for a forwarder and its disk."
+)
 @click.option("-q", "--quiet", is_flag=True, help="Do not say what was published; only what went wrong.")
 @click.pass_obj
 def pub(
@@ -222,6 +306,7 @@ def pub(
     count: int | None,
     rate: float | None,
     wanted: int | None,
+    durable: bool,
     timeout: float | None,
     quiet: bool,
 ) -> int:
@@ -235,14 +320,22 @@ def pub(
       zmqbus pub greetings.world hello
       zmqbus pub --json sensors.7 '{"celsius": 21.5}' --count 100 --rate 10
       tail -f /var/log/syslog | zmqbus pub logs.web1.syslog
+      zmqbus pub --durable orders.new < orders.txt
     """
     encode_topic(topic)
     marks = parse_headers(headers)
     source = _source(values, as_json, count)
     pacer = Pacer(rate) if rate is not None else None
-    published = 0
+    published, failure = 0, None
     with bus.join("pub") as (node, watch):
-        _await_subscribers(node, topic, wanted, timeout)
+        durably = Durably(node, topic, watch, timeout) if durable else None
+        if durably is not None and not durably.await_forwarder():
+            if not watch.refused:
+                start = "zmqbus forwarder --journal DIR"
+                remark(f"nothing published: no forwarder on bus {bus.name!r} claims {topic}; start one: {start}")
+            return shell.TIMED_OUT
+        if durably is None or wanted:
+            _await_subscribers(node, topic, wanted, timeout)
         publisher = node.publisher(topic)
         patience = CONFIRM
         try:
@@ -250,17 +343,32 @@ def pub(
                 stopping.check()
                 if pacer is not None and (delay := pacer.delay(now())) > SPIN:
                     stopping.rest(delay)
-                publisher.send(value, marks)
                 published += 1
+                if durably is not None:
+                    durably.send(publisher, value, marks)
+                else:
+                    publisher.send(value, marks)
+            if durably is not None:
+                durably.settle()
+        except NotDurable as error:
+            failure, patience = error, CONFIRM_STOPPED
         except stopping.Stopped:
             patience = CONFIRM_STOPPED
+            if durably is not None:
+                with contextlib.suppress(NotDurable):
+                    durably.settle(CONFIRM_STOPPED)
             raise
         finally:
             subscribers = node.wait_for_subscribers(topic, 0)
             watched = node.wait_for_subscribers(topic, 0, observers=True) > subscribers
             text = f"published {plural(published, 'message')} on {topic}"
+            if durably is not None and durably.unknown:
+                reason = f": {failure.reason}" if failure is not None else ""
+                remark(f"{text}; {durably.unknown:,} not known to be on a forwarder's disk{reason}")
+            elif durably is not None and published:
+                text += ", all on a forwarder's disk"
             try:
-                late = _leave(node, patience)
+                late = [one for one in _leave(node, patience) if durably is None or not one.unacked]
             except stopping.Stopped:
                 waiting = plural(subscribers, "subscriber")
                 remark(f"{text}; interrupted before {waiting} had confirmed all of it: some may be missing there")
@@ -269,105 +377,11 @@ def pub(
             if late:
                 names = ", ".join(sorted(one.peer for one in late))
                 remark(f"{text}; not confirmed within {patience:g} s by {names}: some may be missing there")
+            elif durably is not None:
+                if not quiet and not durably.unknown:  # else it is said
+                    remark(text)
             elif not subscribers and published and wanted != 0 and not watch.refused:
                 remark(f"{text}; nobody was subscribed to it{', a tap looked on' * watched}")
             elif not quiet:
                 remark(f"{text} to {plural(subscribers, 'subscriber')}{', all confirmed' * bool(subscribers)}")
-    return shell.TIMED_OUT if late else shell.OK
-
-
-# --- sub ---------------------------------------------------------------------------------------
-
-
-def renderer(template: str | None, as_json: bool) -> Callable[[Fields], str]:
-    """How `sub` prints a message: as a line of JSON, by a template, or just topic and value."""
-    from zmqbus.cli.messages.render import FormatString, compact, escape
-
-    if template is not None and as_json:
-        raise click.UsageError("--json and --format are two forms: choose one")
-    if as_json:
-        return to_json
-    if template is not None:
-        return FormatString(template).render
-    styled = colored()
-
-    def line(fields: Fields) -> str:
-        topic = escape(fields["topic"])
-        return f"{click.style(topic, fg='cyan') if styled else topic}  {compact(fields['value'])}"
-
-    return line
-
-
-@click.command()
-@click.argument("patterns", nargs=-1, required=True, metavar="PATTERN...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-@click.option("-F", "--format", "template", metavar="TEMPLATE", help="Such as '{topic} {value.status} {age:.3f}'.")
-@click.option("-n", "--count", type=Whole(1), metavar="N", help="End after N messages.")
-@click.option("--for", "seconds", type=Duration(), help="End after this time, such as 10s or 1h30m.")
-@click.option(
-    "--history",
-    type=Whole(0),
-    default=0,
-    metavar="N",
-    help="Begin with the last N messages of each stream, as far as their publishers still hold them.",
-)
-@click.option("--fail-on-loss", is_flag=True, help="Exit with 4 if messages were lost.")
-@click.option("-q", "--quiet", is_flag=True, help="No report at the end, unless messages were lost or not shown.")
-@click.pass_obj
-def sub(
-    bus: Bus,
-    patterns: tuple[str, ...],
-    as_json: bool,
-    template: str | None,
-    count: int | None,
-    seconds: float | None,
-    history: int,
-    fail_on_loss: bool,
-    quiet: bool,
-) -> int:
-    """Print every message on the topics that fit.
-
-    In a pattern * is one token, and > at the end one or more. Quote them: both mean something to the shell. Missed
-    messages are repaired; a slow reader makes publishers wait a little, so to look on unnoticed use tap.
-
-    \b
-    Examples:
-      zmqbus sub 'logs.>'
-      zmqbus sub 'sensors.*' -F '{topic} {value.celsius:.1f}' -n 10
-      zmqbus sub 'logs.*.nginx' --json | jq .value
-    """
-    for pattern in patterns:
-        check_pattern(pattern)
-    render = renderer(template, as_json)
-    received = 0
-    with bus.join("sub") as (node, watch), node.subscribe(*patterns, history=history) as subscription:
-        greet(patterns, bus)
-        output = Output()
-
-        def take(timeout: float) -> tuple[Message, ...]:
-            message = subscription.get(timeout)
-            return () if message is None else (message,)
-
-        def pause() -> None:
-            output.flush()
-            watch.poll()
-
-        try:
-            for message, at in messages(take, inf if seconds is None else now() + seconds, pause):
-                received += 1
-                output.put(render(Fields(message, now=at, node=watch.name(message.origin))))
-                if received == count:
-                    break
-        finally:
-            output.flush(PATIENCE)
-            shown = output.shown
-            if not quiet or subscription.lost or shown < received:
-                text = f"{plural(received, 'message')} received"
-                if shown < received:
-                    text += f", {shown:,} of them shown"
-                if subscription.repaired:
-                    text += f", {subscription.repaired:,} of them fetched from history"
-                remark(f"{text}; {loss_report(subscription, watch.name)}")
-    if fail_on_loss and subscription.lost:
-        return shell.LOST
-    return shell.TIMED_OUT if count is not None and received < count else shell.OK
+    return shell.TIMED_OUT if late or failure is not None else shell.OK
