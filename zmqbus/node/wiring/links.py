@@ -174,6 +174,9 @@ class Link:
             if not hello(self):
                 self._hello = hello
         for _ in range(DRAIN_MAX):
+            # libzmq looks for news of the connection at every 100th part it hands out. Between two parts of a message
+            # the news that it is gone, which drops the rest (IMMEDIATE), would abort this process: have it look now.
+            self._socket.get(EVENTS)
             try:
                 parts = self._socket.recv_multipart(NOBLOCK)
             except Again:
