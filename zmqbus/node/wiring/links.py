@@ -17,7 +17,6 @@ from zmqbus.net.sockets import (
     EVENTS,
     LINGER,
     NOBLOCK,
-    POLLIN,
     POLLOUT,
     Again,
     Refused,
@@ -175,10 +174,9 @@ class Link:
             if not hello(self):
                 self._hello = hello
         for _ in range(DRAIN_MAX):
-            # To look is to let libzmq drop what a broken connection had brought. Were it to find that out between two
-            # parts of one command, as it may with each hundredth, it would abort the process (fq.cpp: !_more).
-            if not int(self._socket.get(EVENTS)) & POLLIN:
-                return False
+            # libzmq looks for news of the connection at every 100th part it hands out. Between two parts of a message
+            # the news that it is gone, which drops the rest (IMMEDIATE), would abort this process: have it look now.
+            self._socket.get(EVENTS)
             try:
                 parts = self._socket.recv_multipart(NOBLOCK)
             except Again:
