@@ -259,10 +259,13 @@ class Director:
     def finish(self) -> None:
         """Everybody comes to an end, publishers first."""
         self.stage.act = CONSUMING
-        self.wait([role for role in self.roles if role.leaving])
+        leaving = [role for role in self.roles if role.leaving]
         for role in self.roles:
-            if not self.look(role):
+            if role not in leaving and not self.look(role):
                 self.start(role)
+        self.wait(leaving)
+        for role in leaving:
+            self.start(role)
         self.wait(self.of("publisher", "outbox"))
         given = Given(self.world.folder)
         wanted = wishes(self.world)

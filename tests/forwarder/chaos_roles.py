@@ -269,7 +269,7 @@ def _publish(life: Life, recorder: Recorder, outbox: bool) -> bool:
             else:
                 flush(patience())
             life.pause(PACE)
-        over = life.stage.act != PUBLISHING
+        over = life.stage.act != PUBLISHING and not life.leaving
         if over:
             for topic in topics:  # not at once, where forwarders have yet to be met
                 wait_until(partial(durable, topic, 5.0), f"{topic} is durable")
@@ -317,7 +317,7 @@ async def _publish_async(life: Life, recorder: Recorder, outbox: bool) -> bool:
             else:
                 await flush(timeout)
             await asyncio.sleep(rng.uniform(0, PACE))
-        over = life.stage.act != PUBLISHING
+        over = life.stage.act != PUBLISHING and not life.leaving
         if over:
             deadline = time.monotonic() + FINALE
             while not all(await asyncio.gather(*(durable(topic, 5.0) for topic in topics))):
