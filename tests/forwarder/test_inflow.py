@@ -204,3 +204,18 @@ def test_what_a_publisher_left_is_taken_before_it_is_forgotten(bus: str, forward
     on_loop(forwarder, drain)
     assert order == ["taken", "forgotten"]
     assert list(ingest.gaps) == [Gap("a", 0xDEAD, 1, 2)]
+
+
+def test_an_inflow_that_cannot_subscribe_is_a_failure() -> None:
+    """As when there is room again, but no file descriptor to be had: silence would look like health."""
+    bench = Bench(JournalFailed("write", "segment", 5, "Input/output error"))
+
+    async def attach(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    bench.inflow._ingest = None
+    bench.inflow._engine.attach = attach  # type: ignore[method-assign, assignment]
+    bench.loop.call_soon(bench.inflow.start)
+    bench.loop.run_until_complete(asyncio.sleep(0.01))
+    assert [str(error) for error in bench.told] == ["[Errno 24] Too many open files"]
+    bench.loop.close()

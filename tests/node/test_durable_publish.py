@@ -17,6 +17,7 @@ from tests.node.conftest import drain, eventually
 from zmqbus import AsyncNode, Gap, Node
 from zmqbus.errors import NotDurable
 from zmqbus.node.publishing import durability
+from zmqbus.protocol.members.peers import Peer
 
 
 @pytest.fixture
@@ -281,3 +282,26 @@ def test_close_waits_for_acknowledgements_that_come(journal: Path, bus: str) -> 
             node.publish("a", number)
         assert node.close(timeout=SOON) == []
         assert seqs(journal, "a", node.origin) == list(range(1, 20_002))
+
+
+def test_of_two_lives_of_a_forwarder_the_later_one_claims(bus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was killed and started again is there twice, until its first life is found out."""
+    with Node("publisher", bus=bus) as node, ThreadPoolExecutor(1) as thread:
+        lives = [
+            Peer(origin=1, inbox="tcp://127.0.0.1:1", epoch=1, claims=("b",), journal=7),
+            Peer(origin=2, inbox="tcp://127.0.0.1:2", epoch=2, claims=(">",), journal=7),
+        ]
+        engine = node._engine
+        ledger = engine.outlet.ledger
+        engine.outlet.claimed(7, [">"])
+        waiting = on(thread, node.publish, "a", "x", durable=True)
+        eventually(lambda: "a" in ledger.accounts and bool(ledger.accounts["a"].waiting))
+        for present in (lives, lives[::-1]):
+            monkeypatch.setattr(engine.peering, "peers", lambda present=present: present)
+            node._loop.call_soon_threadsafe(engine.forwarders_changed)
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), node._loop).result(SOON)
+            assert ledger.accounts["a"].claimants == {7}
+            assert not waiting.done()
+        engine.outlet.acked(7, [(b"a", 1)], False)
+        assert waiting.result(SOON) == 1
+        monkeypatch.undo()

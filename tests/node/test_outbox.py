@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,8 +16,9 @@ import pytest
 from tests.forwarder.conftest import meet
 from tests.forwarder.forwarders import ForwarderProcess, running, seqs, stored
 from zmqbus import AsyncNode, BufferFull, Node, NotDurable, SetupError, Warned
-from zmqbus.errors import JournalLocked, JournalUnavailable
-from zmqbus.journal import Journal
+from zmqbus.errors import JournalCorrupt, JournalLocked, JournalUnavailable, NoSpace
+from zmqbus.journal import Cursor, Journal
+from zmqbus.node.storing import outbox as outbox_module
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Command
 from zmqbus.protocol.frames import decode_batches
@@ -302,3 +303,57 @@ def test_an_outbox_that_was_full_goes_on_behind_what_forwarders_took_meanwhile(t
             assert seqs(tmp_path / "outbox", "a", publisher.origin) == [1, 3]
 
     asyncio.run(run())
+
+
+def test_an_outbox_without_room_for_its_cursor_tries_again(
+    tmp_path: Path, bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with AsyncNode(bus=bus, outbox=tmp_path / "outbox") as publisher:
+            await publisher.publish("a", 1, durable=True, timeout=PATIENCE)
+            outbox = publisher._engine._outbox
+            assert outbox is not None
+            commit, tries = outbox._committer.commit_cursors, 0
+
+            async def commit_cursors(cursors: Mapping[str, Cursor | None]) -> None:
+                nonlocal tries
+                tries += 1
+                if tries < 3:
+                    raise NoSpace("outbox", "for a test")
+                await commit(cursors)
+
+            monkeypatch.setattr(outbox._committer, "commit_cursors", commit_cursors)
+            outbox.delivered(7, publisher.origin, [(b"a", 1)])
+            async with asyncio.timeout(PATIENCE):
+                while publisher.statistics()["outbox_undelivered"]:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_what_is_left_and_cannot_be_read_is_told_of(tmp_path: Path, bus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: object) -> dict[tuple[bytes, int], int]:
+        raise JournalCorrupt("segment", 7, "for a test", 0)
+
+    monkeypatch.setattr(outbox_module, "_leftovers", damaged)
+
+    async def run() -> None:
+        async with AsyncNode(bus=bus, outbox=tmp_path / "outbox") as publisher, publisher.events() as events:
+            async with asyncio.timeout(PATIENCE):
+                async for event in events:
+                    if isinstance(event, Warned) and "for a test" in event.reason:
+                        break
+            await publisher.publish("a", 1, durable=True, timeout=PATIENCE)
+
+    asyncio.run(run())
+
+
+def test_close_waits_for_the_disk_and_does_not_call_undelivered_what_is_on_it(tmp_path: Path, bus: str) -> None:
+    publisher = node(bus, tmp_path)
+    publisher.publish("a", 0, durable=True, timeout=PATIENCE)
+    for number in range(1, 1000):
+        publisher.publish("a", number)
+    assert publisher.close(timeout=PATIENCE) == []
+    journal = Journal.open(str(tmp_path / "outbox"), now_ns=time.time_ns())
+    assert {stream.accepted for stream in journal.known.values()} == {1000}
+    journal.close(time.time_ns())

@@ -285,6 +285,25 @@ def test_who_waits_for_a_claim_that_is_given_up_is_told() -> None:
     assert len(waiting.told) == 1
 
 
+def test_with_two_wanted_one_that_is_left_is_not_enough_to_wait_for() -> None:
+    out = Publisher(acks=2)
+    out.publish("a", 9)
+    out.claim(A, "a")
+    waiting = out.wait("a", 5)
+    out.claim(A, "a", "b")
+    assert waiting.told == []  # a second one may come
+    out.claim(B, "a")
+    out.ack(B, ("a", 5))
+    late = out.wait("a", 6)
+    out.claim(B, "b")
+    assert waiting.told == []  # it has it, and the other will
+    assert len(late.told) == 1
+    assert late.told[0] is not None
+    assert "claims" in late.told[0]
+    out.ack(A, ("a", 5))
+    assert waiting.told == [None]
+
+
 # --- no room -------------------------------------------------------------------------------------
 
 
@@ -447,7 +466,9 @@ def test_ledger_against_a_naive_model(seed: int, acks: int) -> None:
                 out.claim(journal, *model.claims[journal])
                 model.accounts |= {topic for topic in out.streams if model.claimants(topic)}
                 for entry in list(model.waiting):
-                    if before[entry[0]] and not model.claimants(entry[0]):  # nobody claims it any more
+                    has = {of for (at, of), head in model.heads.items() if at == entry[0] and head >= entry[1]}
+                    after = model.claimants(entry[0])
+                    if journal in before[entry[0]] - after and len(has | after) < acks:  # it gives up its claim
                         model.waiting.remove(entry)
                         model.told.append((entry[2], False))
                 model.settle()

@@ -21,6 +21,7 @@ from zmqbus.protocol.streams.tracking import (
     BATCH_BYTES,
     EARLY_BYTES_MAX,
     FETCH_TIMEOUT,
+    FETCH_TRIES,
     FETCHES_MAX,
     PATIENCE,
     SOFT_DELAY,
@@ -844,3 +845,62 @@ def test_seeds_at_length(steps: int) -> None:
             simulate(Random(seed), steps)
         except Exception as error:
             raise AssertionError(f"seed {seed} with {steps} steps breaks it: {error}") from error
+
+
+# --- a forwarder's: time alone makes nothing lost ------------------------------------------------
+
+
+def patient(sources: list[int]) -> Bench:
+    """With messages 2 and 3 missing."""
+    bench = Bench(registered=None)
+    bench.sources = sources
+    bench.tracker = Tracker(["t.>"], lambda *_: bench.sources, history=2**62, patient=True)
+    bench.heads(1)
+    assert bench.live(1, 4) == "1"
+    return bench
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_what_another_forwarder_lacked_it_may_have_got_meanwhile(returns: bool) -> None:
+    """A publisher keeps what it published until somebody has it, and that may be the other one."""
+    bench = patient([STORE])
+    assert bench.repairs() == ["9 2-3"]
+    assert bench.answer(last=3) == ""
+    assert bench.repairs(after=1) == []
+    if returns:
+        bench.sources = [ORIGIN, STORE]
+        bench.tracker.sources_changed(bench.now)
+        assert bench.repairs() == ["1 2-3"]
+        assert bench.answer(last=3) == ""
+        assert bench.repairs() == ["9 2-3"]
+    else:
+        assert bench.repairs(after=PATIENCE) == ["9 2-3"]
+    assert bench.answer((2, 3)) == "2-3 4"
+    assert bench.counters == (2, 0, 0)
+
+
+def test_a_patient_tracker_does_not_ask_those_who_have_nothing_without_end() -> None:
+    bench = patient([STORE])
+    for _ in range(5):
+        assert bench.repairs() == ["9 2-3"]
+        assert bench.answer(last=3) == ""
+        assert bench.repairs() == []
+        assert bench.repairs(after=PATIENCE / 2) == []
+        bench.now += PATIENCE / 2
+    bench.sources = [ORIGIN]
+    assert bench.repairs() == ["1 2-3"]
+    assert bench.answer(last=3) == "gap 2-3 4"
+
+
+def test_a_source_that_always_fails_does_not_keep_a_patient_tracker_from_another() -> None:
+    """A publisher's outbox that is damaged, say."""
+    bench = patient([ORIGIN, STORE])
+    asked: list[str] = []
+    for _ in range(FETCH_TRIES + 1):
+        asked += bench.repairs()
+        if asked[-1] == "9 2-3":
+            break
+        bench.refuse()
+        bench.now += FETCH_TIMEOUT
+    assert asked == ["1 2-3"] * FETCH_TRIES + ["9 2-3"]
+    assert bench.answer((2, 3)) == "2-3 4"

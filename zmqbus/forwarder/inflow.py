@@ -11,7 +11,6 @@ safe they keep. When there is room again it is subscribed anew, and fetched from
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -128,8 +127,12 @@ class Inflow:
             ingest.before_close = partial(self._watch, False)
             return ingest
 
-        with contextlib.suppress(NodeClosed):  # waits for the slowest peer; what others send is taken meanwhile
+        try:  # waits for the slowest peer; what others send is taken meanwhile
             await self._engine.attach(self._claims, make, self._look_now)
+        except NodeClosed:
+            pass
+        except Exception as error:  # no socket to be had, say: it takes nothing in, and must not seem to
+            self._on_failure(error)
 
     def _sources(self, topic: str, origin: int) -> Sequence[int]:
         """Whom to ask for a repair."""

@@ -178,7 +178,7 @@ class Engine:
         try:
             while not outlet.push() and now() < deadline:
                 await asyncio.sleep(TICK)
-            while self._forwarders and unacked(outlet) and now() < deadline:
+            while (self._forwarders or self._outbox is not None) and unacked(outlet) and now() < deadline:
                 await asyncio.sleep(TICK)
             await self.replays.leave(self.refusal, max(0.0, deadline - now()))
             late = await self.peering.registry.leave(max(0.0, deadline - now()))
@@ -348,8 +348,9 @@ class Engine:
         present = [peer for peer in self.peering.peers() if peer.journal]
         self.replays.forwarders(present)
         self._forwarders = tuple((peer.origin, Matcher(peer.claims).matches) for peer in present)
-        for peer in present:
-            self.outlet.claimed(peer.journal, peer.claims)
+        # One that was killed and started again may be there twice: what its first life claimed is no more.
+        for journal, peer in self.replays.present.items():
+            self.outlet.claimed(journal, peer.claims)
         if self._outbox is not None:
             self._outbox.offer()
 

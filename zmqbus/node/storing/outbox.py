@@ -229,7 +229,11 @@ class Outbox:
         return heads[self._acks - 1] if len(heads) >= self._acks else 0
 
     async def _offer_again(self, start: int) -> None:
-        left = await self._reading.do(_leftovers, self.journal, start, self._origin)
+        try:
+            left = await self._reading.do(_leftovers, self.journal, start, self._origin)
+        except JournalError as error:
+            self._warn(f"what earlier runs have left in the outbox is not handed over: {error}")
+            return
         for key, following in left.items():
             if self._delivered(key) + 1 < following:
                 self._left[key] = following
@@ -243,7 +247,10 @@ class Outbox:
             while True:
                 await self._moved.wait()
                 self._moved.clear()
-                await self._advance()
+                try:
+                    await self._advance()
+                except NoSpace:  # for the cursor, on a disk that is full
+                    self._moved.set()
                 await asyncio.sleep(TRIM_PERIOD)
         except JournalError as error:
             self._failed(error)

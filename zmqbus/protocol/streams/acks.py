@@ -9,7 +9,7 @@ Sans-IO; callers hold the publishers' lock. The rules:
 3. A message is durable when as many journals as are wanted have acknowledged it. Any one may, whether or not it claims
    the topic at the moment.
 4. A waiter is told once: when its message is durable, or that it cannot be for now: the journals that claim the stream
-   have no room, or none claims it any more.
+   have no room, or it needed one that claims the stream no more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zmqbus.protocol.streams.history import NOTHING, History, Shelf
 from zmqbus.protocol.topics import Matcher
 
 NO_ROOM = "the journal has no room: it takes nothing more until there is"
-UNCLAIMED = "its forwarder no longer claims the topic, and no other does"
+UNCLAIMED = "a forwarder no longer claims the topic, and not as many others do as are to have it"
 
 
 class Waiter(Protocol):
@@ -165,15 +165,19 @@ class Ledger:
 
     def _lacks_room(self, account: Account, seq: int) -> bool:
         """Whether it is for the full journals among the claimants that this message cannot be durable."""
-        there = {journal for journal, head in account.heads.items() if head >= seq}
+        there = self._there(account, seq)
         return len(there | (account.claimants - self._full)) < self.acks <= len(there | account.claimants)
+
+    def _there(self, account: Account, seq: int) -> set[int]:
+        """The journals that have a message."""
+        return {journal for journal, head in account.heads.items() if head >= seq}
 
     def _refuse(self, account: Account, unclaimed: bool = False) -> None:
         """Nobody needs to wait for what will not be."""
         waiting, account.waiting = account.waiting, []
         for entry in waiting:  # in order, so that what is left is a heap
             seq, _, waiter = entry
-            if not account.claimants and unclaimed:
+            if unclaimed and len(self._there(account, seq) | account.claimants) < self.acks:
                 waiter.done(UNCLAIMED)
             elif self._lacks_room(account, seq):
                 waiter.done(NO_ROOM)

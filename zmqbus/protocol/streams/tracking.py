@@ -426,8 +426,9 @@ class Tracker:
     def _ask(self, stream: Stream, now: float) -> Fetch | None:
         """Take a stream from the queue: ask somebody for its first hole, wait for somebody, or give up."""
         sources = self._sources(stream.topic, stream.key[1])
-        source = next((s for s in sources if stream.lacks.get(s, 0) <= stream.next), None)
-        if source is not None:
+        able = [source for source in sources if stream.lacks.get(source, 0) <= stream.next]
+        if able:  # the best; but for the patient a source that fails and fails is never given up
+            source = able[stream.tries // FETCH_TRIES % len(able) if self._patient else 0]
             self._move(stream, ASKED)
             stream.asked = Fetch(source, stream.key[0], stream.key[1], stream.next, self._hole(stream))
             stream.due = now + FETCH_TIMEOUT * 2 ** min(stream.tries, FETCH_TRIES - 1)
@@ -436,6 +437,9 @@ class Tracker:
         patient = self._patient or now < stream.since + PATIENCE
         end = self._lacking(stream) if patient else stream.target
         if end <= stream.next:
+            if self._patient and stream.lacks:  # all but the publisher may get what they lack, meanwhile
+                keeper = self.keepers.get(stream.key[1], stream.key[1])
+                stream.lacks = {keeper: stream.lacks[keeper]} if keeper in stream.lacks else NOBODY_LACKS
             self._park(stream, max(stream.since, now if self._patient else 0.0) + PATIENCE)
         else:
             self._give_up(stream, end)
