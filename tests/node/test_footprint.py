@@ -1,4 +1,7 @@
-"""What an idle node costs: hardly any wake-ups, little memory. In a process of its own, which nothing else disturbs."""
+"""What an idle node costs: hardly any wake-ups, little memory. In a process of its own, which nothing else disturbs.
+
+Nor does mDNS: there it would hear the nodes of other tests come and go. What that costs, `tools/bench idle` measures.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ WINDOW = 2.0  # seconds
 
 PROGRAMS = {
     "Node": """
-with zmqbus.Node("idle", bus=bus) as node, node.subscribe("t.>") as subscription:
+with zmqbus.Node("idle", bus=bus, discovery="static") as node, node.subscribe("t.>") as subscription:
     node.publish("t.x", 1)
     assert subscription.get(10).value == 1
     report(time.sleep)
@@ -23,7 +26,7 @@ with zmqbus.Node("idle", bus=bus) as node, node.subscribe("t.>") as subscription
     "AsyncNode": """
 import asyncio
 async def main():
-    async with zmqbus.AsyncNode("idle", bus=bus) as node, node.subscribe("t.>") as subscription:
+    async with zmqbus.AsyncNode("idle", bus=bus, discovery="static") as node, node.subscribe("t.>") as subscription:
         await node.publish("t.x", 1)
         assert (await subscription.get(10)).value == 1
         waiting = asyncio.ensure_future(subscription.get())
