@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -357,3 +358,29 @@ def test_close_waits_for_the_disk_and_does_not_call_undelivered_what_is_on_it(tm
     journal = Journal.open(str(tmp_path / "outbox"), now_ns=time.time_ns())
     assert {stream.accepted for stream in journal.known.values()} == {1000}
     journal.close(time.time_ns())
+
+
+def test_who_says_hello_while_the_outbox_is_being_opened_is_answered_after_that(
+    tmp_path: Path, bus: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its port may have been that of another, whom they still look for."""
+    real = outbox_module.Outbox.open
+    early: list[AsyncNode] = []
+
+    async def slow(*arguments: Any) -> outbox_module.Outbox:
+        endpoint = arguments[3].__self__.peering.endpoints["inbox"]
+        early.append(await AsyncNode("early", bus=bus, peers=[endpoint], discovery="static").open())
+        await asyncio.sleep(0.3)  # it has dialled, and said HELLO
+        return await real(*arguments)
+
+    async def run() -> None:
+        monkeypatch.setattr(outbox_module.Outbox, "open", slow)
+        try:
+            async with AsyncNode(bus=bus, outbox=tmp_path / "outbox", discovery="static") as publisher:
+                await publisher.wait_for_peers(1, PATIENCE)
+        finally:
+            for one in early:
+                await one.close()
+
+    asyncio.run(run())
+    assert caplog.records == []

@@ -150,9 +150,9 @@ class Engine:
             mdns=config.mdns,
             ports=ports,
         )
-        self._inbox = Inbox(router, self._loop, self.peering.on_command, self.garbage)
         if config.outbox is not None:
             self._outbox = await Outbox.open(config, self.outlet, self._loop, self._offer, self._warn)
+        self._inbox = Inbox(router, self._loop, self.peering.on_command, self.garbage)  # from now on it is read
         self._service = Service(
             self.origin, self.outlet, self._inbox, self._all_counters, self._extension, self._outbox
         )
