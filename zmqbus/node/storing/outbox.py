@@ -194,6 +194,8 @@ class Outbox:
         """A forwarder has all of these streams up to these seqs."""
         for topic, seq in heads:
             key = topic, origin
+            if origin != self._origin and key not in self.journal.known:
+                continue  # it was never in here
             by_journal = self._heads.setdefault(key, {})
             by_journal[journal] = max(seq, by_journal.get(journal, 0))
             if key in self._left and self._left[key] <= self._delivered(key) + 1:
