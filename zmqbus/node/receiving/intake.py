@@ -86,6 +86,7 @@ class Intake:
         self.observes = observes
         self.patterns = list(patterns)
         self.feed = feed
+        feed.rescue = lambda parts: self.post(lambda: self._take_in(parts))
         self.socket = feed.socket
         self._recv = self.socket.recv
         self.gate = feed.gate
@@ -379,6 +380,19 @@ class Intake:
             return None
         self.messages += batch.count - skip
         return next(self.items)
+
+    def _take_in(self, parts: list[bytes]) -> None:
+        """A message that somebody else has taken out of the socket: the one before all that are in it."""
+        frame, *external = parts
+        try:
+            cut, kind, flags, size, origin, first, time_ns = parse_header(frame)
+            if kind == DATA and bool(flags & EXTERNAL) == any(external):
+                self.tracker.observe(Batch(frame[:cut], flags, size, origin, first, time_ns, tuple(parts[:2])), now())
+            elif kind == HEAD:
+                self.tracker.observe_head(frame[:cut], origin, first, now())
+        except RemoteProtocolError as error:
+            if not frame.startswith(WAKE_PREFIX):
+                self._driver.garbage(error)
 
     def _external(self) -> bytes:
         if not self.socket.get(RCVMORE):
