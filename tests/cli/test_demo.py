@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,11 +41,10 @@ def test_demo_accounts_for_every_line(tmp_path: Path, start: Start) -> None:
     """And keeps the journal, if asked to: what it says of that is held against the files themselves."""
     kept = tmp_path / "journal"
     args = ["--json", "--seconds", "1", "--rate", "4000", "--history", "50", "--journal", str(kept)]
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    code, out, err = finish(start("demo", *args, *files_in(tmp_path), env=os.environ | {"TMPDIR": str(scratch)}))
-    assert code == 0, err
-    assert list(scratch.iterdir()) == []
+    with tempfile.TemporaryDirectory() as scratch:  # not too deep down for the name of a socket
+        code, out, err = finish(start("demo", *args, *files_in(tmp_path), env=os.environ | {"TMPDIR": scratch}))
+        assert code == 0, err
+        assert os.listdir(scratch) == []
     account = json.loads(out)
     assert (account["files"], account["exit"]) == (2, 0)
     steady, paused, late = account["aggregators"]

@@ -397,6 +397,6 @@ def test_who_is_gone_reads_no_more(forwarder: Running, writer: zmqbus.Node, bus:
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "reading\n"
-        assert held() == {"left": False, "killed": True}
+        eventually(lambda: held() == {"left": False, "killed": True})
         process.kill()
     eventually(lambda: held() == {"left": False, "killed": False})
