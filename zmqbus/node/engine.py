@@ -181,7 +181,7 @@ class Engine:
             while (self._forwarders or self._outbox is not None) and unacked(outlet) and now() < deadline:
                 await asyncio.sleep(TICK)
             await self.replays.leave(self.refusal, max(0.0, deadline - now()))
-            late = await self.peering.registry.leave(max(0.0, deadline - now()))
+            late = await self.peering.leave(max(0.0, deadline - now()))
             undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
             if count := unacked(outlet):
                 undelivered.append(Undelivered("forwarder", 0, count))

@@ -64,6 +64,7 @@ class Subscribed(msgspec.Struct, omit_defaults=True):
     id: U64
     patterns: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)]
     observe: bool = False
+    connected: bool = True
 
 
 class Hello(Body):
@@ -98,6 +99,7 @@ class Subscribe(Body):
     id: U64
     patterns: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)]
     observe: bool = False  # only looks on: not counted, and not waited for
+    connected: bool = True  # its SUB stands; False: it is said again when it does, and counts only then
 
 
 class Unsubscribe(Body):

@@ -39,6 +39,7 @@ from zmqbus.protocol.members.peers import (
 )
 
 HELLO_TIMEOUT = 10.0
+WELCOME_PATIENCE = 0.2  # for answers to HELLO that are under way when the node ends
 STALLED, CATCH_UP = 1.0, 0.25  # so late a timer means that nothing ran; then read what has arrived, first
 GUESTS_MAX = 8192  # who said HELLO: peers, and clients that only ask; the oldest has to say it again
 ADDRESS_POLL = 2.0  # where the system does not tell of changes
@@ -164,10 +165,8 @@ class Peering:
         for output in outputs:
             match output:
                 case Dial(endpoint=endpoint):
-                    link = self._dialled.get(endpoint)
-                    # A peer that is connected and has our HELLO is busy, as when a whole LAN boots, and would be busier
-                    # with a fresh connection and another HELLO to look at.
-                    if link is None or not (link.awaits_welcome and link.is_connected):
+                    # A peer that has our HELLO is busy, as when a whole LAN boots, and would be busier with another.
+                    if (link := self._dialled.get(endpoint)) is None or not link.is_answering:
                         self._dial(endpoint)
                 case Greet(endpoint=endpoint):
                     if (link := self._dialled.get(endpoint)) is not None:
@@ -270,7 +269,7 @@ class Peering:
 
     def _hello(self, link: Link) -> bool:
         """Introduce ourselves and all our subscriptions. False: not connected yet."""
-        wanted = [commands.Subscribed(i.number, i.patterns, i.observes) for i in self._host.intakes.values()]
+        wanted = self.registry.wanted(link)
         hello = self._introduction(Hello, subscriptions=wanted)
         if not link.ask(hello, lambda command: self._welcomed(link, command), HELLO_TIMEOUT):
             return False
@@ -484,6 +483,13 @@ class Peering:
         self._dialled.clear()
         self.links.clear()
         self._hearing.close()
+
+    async def leave(self, timeout: float) -> list[int]:
+        """Say BYE to everybody; returns who had not confirmed to have all within `timeout` seconds."""
+        began = now()  # whom we have just introduced ourselves to counts us in, and so must hear of the end
+        introduced = lambda: not any(link.is_answering for link in self._dialled.values())  # noqa: E731
+        await self.registry.until(introduced, min(timeout, WELCOME_PATIENCE))
+        return await self.registry.leave(max(0.0, began + timeout - now()))
 
     def _cancel_timers(self) -> None:
         for timer in (*self._timers, self._timer, self._poll_soon):

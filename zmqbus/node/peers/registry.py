@@ -45,6 +45,8 @@ class Registration:
     matches: Callable[[str], bool]
     observes: bool
     """It only looks on: it is neither counted nor waited for."""
+    connected: bool
+    """Its SUB stands, so that what is published now comes to it without repair; only then it is counted."""
     heads: dict[bytes, int] | None
     """What it was owed from: our streams then. Kept for UNCONFIRMED, because the answer may have been lost."""
 
@@ -57,7 +59,8 @@ class Interest:
 
     def count(self, topic: str, observers: bool) -> int:
         """How many subscriptions a topic fits, of those that do not only observe, or of all."""
-        return sum(own.matches(topic) for own in self.subscriptions.values() if observers or not own.observes)
+        counted = (own for own in self.subscriptions.values() if own.connected and (observers or not own.observes))
+        return sum(own.matches(topic) for own in counted)
 
 
 class Registry:
@@ -131,7 +134,7 @@ class Registry:
 
     def declare(self, intake: Intake) -> None:
         """Have a new subscription registered everywhere."""
-        registration = Registration(intake.patterns, Matcher(intake.patterns).matches, intake.observes, None)
+        registration = Registration(intake.patterns, Matcher(intake.patterns).matches, intake.observes, True, None)
         self._interests[self._origin].subscriptions[intake.number] = registration
         self._look_for_observers()
         for link in self._links.values():
@@ -145,7 +148,7 @@ class Registry:
             for origin in self._members()
             if (link := self._links.get(origin)) is None
             or not intake.tracker.knows(origin)
-            or (link.tap if intake.observes else link.pub) not in intake.feed.attached
+            or not _connected(link, intake)
         ]
 
     def attached(self, number: int) -> None:
@@ -189,8 +192,13 @@ class Registry:
         """Ask one peer; also to hear from it what was missed."""
         assert link.origin is not None
         self._asked_at[link.origin, intake.number] = now()
-        if link.send(commands.Subscribe(intake.number, intake.patterns, intake.observes)):
+        body = commands.Subscribe(intake.number, intake.patterns, intake.observes, _connected(link, intake))
+        if link.send(body):
             link.declared.add(intake.number)
+
+    def wanted(self, link: Link) -> list[Subscribed]:
+        """All our subscriptions, as a HELLO to that peer names them."""
+        return [Subscribed(i.number, i.patterns, i.observes, _connected(link, i)) for i in self._intakes.values()]
 
     def ask_again(self) -> None:
         """Called every ASK_AGAIN: repeat what a broken connection may have swallowed."""
@@ -276,6 +284,7 @@ class Registry:
             self._streams.outlet.broadcast.observed = True
         heads = self._streams.heads(patterns)
         if earlier is not None and earlier.heads is not None and earlier.patterns == patterns:
+            earlier.connected = subscribed.connected
             self._interests[origin].subscriptions[number] = earlier
             since = [(topic, earlier.heads.get(topic, 1)) for topic, _ in heads]
             self._remind([now[0] for now, then in zip(heads, since, strict=True) if now != then][:REMINDED_MAX])
@@ -283,8 +292,10 @@ class Registry:
                 if not self.inbox.answer(identity, body, request):
                     return
         else:
-            registration = Registration(patterns, Matcher(patterns).matches, subscribed.observe, dict(heads))
+            matches = Matcher(patterns).matches
+            registration = Registration(patterns, matches, subscribed.observe, subscribed.connected, dict(heads))
             self._interests[origin].subscriptions[number] = registration
+            self._remind([])  # its SUB may just have been connected
             self._loop.call_later(UNCONFIRMED, setattr, registration, "heads", None)
         for body in _heads(number, heads):
             if not self.inbox.answer(identity, body, request):
@@ -352,6 +363,11 @@ class Registry:
         if waiting:
             await asyncio.wait(waiting.values(), timeout=timeout)
         return [origin for origin, done in waiting.items() if not done.done() or not done.result()]
+
+
+def _connected(link: Link, intake: Intake) -> bool:
+    """Whether a subscription's SUB is connected to that peer."""
+    return (link.tap if intake.observes else link.pub) in intake.feed.attached
 
 
 def _answered(done: asyncio.Future[bool], command: Command | None) -> None:

@@ -86,6 +86,11 @@ class Link:
         self._watch.check()  # looking at EVENTS takes the signal of what has arrived
         return writable
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether the answer to our HELLO is under way."""
+        return self.awaits_welcome and self.is_connected
+
     def send(self, body: Body) -> bool:
         """Say something that needs no answer. False: the peer cannot be reached now."""
         return self._send(encode_command(body))
