@@ -20,6 +20,9 @@ The answer carries the request id of what it answers. A command that is not unde
     COMMIT                COMMIT, once it is on disk
     UNREAD                nothing
     OFFER                 nothing
+    JOIN                  JOB, again and again, within the credit
+    DONE, FAIL            SETTLED, and within more credit more JOB
+    EXTEND, LEAVE         nothing
     BYE                   BYE, once the peer has all it is owed
     STATS                 STATISTICS
     anything              ERROR, if it cannot be done
@@ -44,6 +47,7 @@ PEERS_PER_HELLO = 256  # a newcomer needs a few to find the rest
 SUBSCRIPTIONS_MAX = 1024  # of one node; each costs its peers memory
 PATTERNS_MAX = 256  # of one subscription
 LOG_BATCHES_MAX = 4096  # of one LOG
+DELIVERIES_MAX = 4096  # of one JOB, DONE or FAIL
 END = 2**64 - 1  # as an offset: where the journal ends now
 
 U64 = Annotated[int, Meta(ge=0)]  # msgpack itself ends at 2**64 - 1
@@ -206,6 +210,71 @@ class Offer(Body):
     heads: Annotated[list[tuple[Topic, Seq]], Meta(max_length=HEADS_PER_COMMAND)]
 
 
+class Join(Body):
+    """Send jobs to worker `id`, `credit` of them for now: pushed messages on topics that fit, and of those published
+    there since the group was first named, its share. Said again with the same id: as the first time, should it be lost.
+    """
+
+    id: U64
+    patterns: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)]
+    group: Name
+    lease_ms: Annotated[int, Meta(ge=1)]  # for so long a job is the worker's; then it goes to another
+    credit: U64 = 0  # the sum of all jobs that may be sent since the first JOIN
+    offset: U64 = END  # in a journal: where the group begins, if it is not known there; 0 is the oldest message
+    time_ns: U64 = 0  # or from the first batch of that time, unless that is 0
+
+
+class Job(Body):
+    """Jobs for worker `id`: deliveries, each of one batch that follows. A job is known by its delivery and its seq."""
+
+    id: U64
+    deliveries: Annotated[list[tuple[U64, U64]], Meta(max_length=DELIVERIES_MAX)]  # number, attempt (from 1)
+
+
+class Done(Body):
+    """Jobs of worker `id` are done: (delivery, first seq, last seq). And it may be sent `credit` in all by now."""
+
+    id: U64
+    done: Annotated[list[tuple[U64, Seq, Seq]], Meta(max_length=DELIVERIES_MAX)] = []
+    credit: U64 = 0
+
+
+class Settled(Body):
+    """The answer to DONE and FAIL, when it is done for good; `refused` came too late: they are another's by now."""
+
+    id: U64
+    refused: Annotated[list[tuple[U64, Seq, Seq]], Meta(max_length=DELIVERIES_MAX)] = []
+
+
+class Fail(Body):
+    """Jobs of worker `id` are not done: (delivery, first seq, last seq).
+
+    `how`: "nack", to be tried again after `delay_ms` (-1: as the owner thinks best); "reject", never to be tried again;
+    "return": it was not begun, so that this attempt does not count.
+    """
+
+    id: U64
+    jobs: Annotated[list[tuple[U64, Seq, Seq]], Meta(max_length=DELIVERIES_MAX)]
+    how: Annotated[str, Meta(max_length=16)] = "nack"
+    delay_ms: Annotated[int, Meta(ge=-1)] = -1
+    reason: Annotated[str, Meta(max_length=1000)] = ""
+    credit: U64 = 0  # as in DONE
+
+
+class Extend(Body):
+    """Worker `id` needs a delivery for so long from now on."""
+
+    id: U64
+    delivery: U64
+    lease_ms: Annotated[int, Meta(ge=1)]
+
+
+class Leave(Body):
+    """Worker `id` takes no more jobs, and has said what became of those it had."""
+
+    id: U64
+
+
 class Bye(Body):
     """The asker leaves, and has sent HEADS as the last word on its streams. The answer: all of it has arrived."""
 
@@ -250,6 +319,13 @@ BODIES: dict[int, type[Body]] = {
     13: Commit,
     14: Unread,
     15: Offer,
+    16: Join,
+    17: Job,
+    18: Done,
+    19: Settled,
+    20: Fail,
+    21: Extend,
+    22: Leave,
     24: Stats,
     25: Statistics,
     255: Error,

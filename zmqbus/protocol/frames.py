@@ -22,6 +22,7 @@ that a single value of EXTERNAL_BYTES_MIN or more travels as a second part, so t
     HEADERS               one msgpack array of two arrays: `count` values, `count` header maps (or nil)
     EXTERNAL              as above, but in a second message part; count is 1
     EXTERNAL | RAW        a second part that *is* the one value, of msgpack type bin, without any packing
+    QUEUED                beside any of these: the messages are jobs, each to be done by one worker
 
     HEAD flags            says also
     ASKS                  somebody waits for a forwarder's acknowledgement of all before this
@@ -53,6 +54,7 @@ BALLAST = 4
 HEADERS = 1
 EXTERNAL = 2
 RAW = 4
+QUEUED = 8
 
 ASKS = 1
 
@@ -127,10 +129,11 @@ def parse_header(frame: bytes) -> tuple[int, int, int, int, int, int, int]:
     if kind == DATA:
         if not first or not count or first + count - 1 > SEQ_MAX:
             raise RemoteProtocolError(f"frame: bad seq range, {count} from {first}")
-        if flags <= HEADERS:
+        form = flags & ~QUEUED
+        if form <= HEADERS:
             if count > len(frame) - cut - HEADER_BYTES - 2:  # a value takes a byte, the array around them one more
                 raise RemoteProtocolError(f"frame: {count} values cannot be in {len(frame)} bytes")
-        elif flags not in _EXTERNALS:
+        elif form not in _EXTERNALS:
             raise RemoteProtocolError(f"frame: flags {flags:#06x} have no meaning")
         elif count != 1 or len(frame) != cut + 1 + HEADER_BYTES:
             raise RemoteProtocolError("frame: an external value must be alone, with an empty payload")
@@ -156,6 +159,33 @@ def decode_batches(parts: Sequence[bytes]) -> list[Batch]:
             own = (frame, value)
         batches.append(Batch(frame[:cut], flags, count, origin, first, time_ns, own))
     return batches
+
+
+def cut_batch(batch: Batch, first: int, last: int) -> Batch:
+    """Messages `first` to `last` of a batch, as a batch of their own. What is asked for is in it.
+
+    Raises:
+        RemoteProtocolError: its payload is not `count` values of msgpack.
+    """
+    if first == batch.first and last == batch.end - 1:
+        return batch
+    try:
+        if batch.flags & HEADERS:
+            both = _raw_pair.decode(_payload(batch))
+            whole = [part[first - batch.first : last + 1 - batch.first] for part in both if len(part) == batch.count]
+            payload = _encoder.encode(whole) if len(whole) == 2 else b""
+        else:
+            values = _raw_values.decode(_payload(batch))
+            payload = _encoder.encode(values[first - batch.first : last + 1 - batch.first])
+            payload = payload if len(values) == batch.count else b""
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise RemoteProtocolError(f"payload: {error}") from None
+    if not payload:
+        raise RemoteProtocolError(f"payload: not the {batch.count} values that the header says")
+    count = last + 1 - first
+    header = HEADER.pack(VERSION, DATA, batch.flags, count, batch.origin, first, batch.time_ns)
+    frame = b"".join((batch.topic, b"\0", header, payload))
+    return Batch(batch.topic, batch.flags, count, batch.origin, first, batch.time_ns, (frame,))
 
 
 class ValueDecoder:
@@ -241,6 +271,8 @@ def _payload(batch: Batch) -> bytes | memoryview:
 
 
 _encoder = msgspec.msgpack.Encoder()
+_raw_values = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_raw_pair = msgspec.msgpack.Decoder(tuple[list[msgspec.Raw], list[msgspec.Raw]])
 
 
 def encode_value(value: object) -> bytes:

@@ -33,6 +33,7 @@ from zmqbus.protocol.frames import (
     HEAD,
     HEADER_BYTES,
     ORDER,
+    QUEUED,
     Batch,
     parse_header,
 )
@@ -245,7 +246,7 @@ class Intake:
                         continue  # not wanted
                     if known is not None and known.place == SETTLED and known.next == first:
                         known.next = known.target = first + size
-                        if not flags:
+                        if not flags & ~QUEUED:
                             self._stream, self._head, self._body = known, frame[: cut + 5], cut + 1 + HEADER_BYTES
                         batch = Batch(key[0], flags, size, origin, first, time_ns, parts)
                         if (message := self._decode_batch(known.topic, batch, 0)) is not None:

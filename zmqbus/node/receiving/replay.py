@@ -27,7 +27,7 @@ from zmqbus.errors import GapError, LogGapError, NodeClosed, RemoteProtocolError
 from zmqbus.node.events import CaughtUp, Event, LogGap
 from zmqbus.node.receiving.decoding import Checked, Unpacker
 from zmqbus.protocol.commands import Log
-from zmqbus.protocol.frames import DATA, EXTERNAL, HEADER_BYTES, ORDER, Batch, parse_header
+from zmqbus.protocol.frames import DATA, EXTERNAL, HEADER_BYTES, ORDER, QUEUED, Batch, parse_header
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.starts import Start
 from zmqbus.protocol.streams.merging import Merging, Met, Span
@@ -383,7 +383,7 @@ class Replay:
         self._report()
         batch = Batch(topic, flags, size, origin, first, time_ns, (frame, external) if external else (frame,))
         self._rest.extend((stream, batch, offset, span) for span in fresh)
-        if not flags:
+        if not flags & ~QUEUED:
             self._stream, self._head, self._body = stream, frame[: cut + 5], cut + 1 + HEADER_BYTES
 
     def _rest_of_batch(self) -> bool:
