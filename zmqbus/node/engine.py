@@ -40,14 +40,13 @@ from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
+from zmqbus.node.receiving.repairs import fetch_all
 from zmqbus.node.receiving.replays import Replays
-from zmqbus.node.storing.fetching import FETCH_BYTES
 from zmqbus.node.storing.outbox import Outbox
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
-from zmqbus.protocol.frames import decode_batches
 from zmqbus.protocol.members.peers import Peer, PeerLeft
 from zmqbus.protocol.streams.history import History
 from zmqbus.protocol.streams.stream import Fetch, Gap
@@ -57,7 +56,6 @@ from zmqbus.protocol.topics import Matcher, check_pattern, covering_prefixes
 HEARTBEAT_PERIOD = 1.0
 IDLE_PERIOD = 0.1  # how often to look for streams that fell idle, whose HEAD is due
 REGISTER_TIMEOUT = 8.0  # `subscribe` waits no longer for those who do not answer; silent, they are lost after 5
-FETCH_TIMEOUT = 20.0  # after this an answer is of no use to the tracker any more
 COMMAND_BYTES_MAX = BODY_BYTES_MAX + 4096  # what the inbox takes: also from a stranger, before it is refused
 # Frames queued for a subscriber, and by it: 4 MiB of full batches on either side, and the kernel holds more. Not
 # adapted to their size while in use: libzmq tells a sender of progress each half of the limit, so that after
@@ -367,33 +365,7 @@ class Engine:
 
     def fetch(self, intake: Intake, fetches: Sequence[Fetch]) -> None:
         """Send these, and tell the intake what comes of it."""
-        self.soon(self._fetch, intake, fetches)
-
-    def _fetch(self, intake: Intake, fetches: Sequence[Fetch]) -> None:
-        for asked in fetches:
-            if asked.source == self.origin:
-                answer = self.outlet.fetch(asked.topic, asked.first, asked.last, FETCH_BYTES)
-                intake.fetched(asked, answer.last, decode_batches(answer.parts))
-                continue
-            link = self.peering.links.get(asked.source)
-            body = commands.Fetch(asked.topic, asked.origin, asked.first, asked.last, FETCH_BYTES)
-            if link is None or not link.ask(body, self._fetched(intake, asked), FETCH_TIMEOUT):
-                intake.refused(asked)
-
-    def _fetched(self, intake: Intake, asked: Fetch) -> Callable[[Command | None], None]:
-        def answered(command: Command | None) -> None:
-            if command is None or not isinstance(command.body, commands.Batches):
-                intake.refused(asked)
-                return
-            try:
-                batches = decode_batches(command.batches)
-            except RemoteProtocolError as error:
-                self.garbage(error)
-                intake.refused(asked)
-                return
-            intake.fetched(asked, command.body.last, batches)
-
-        return answered
+        self.soon(fetch_all, self.outlet, self.peering.links, intake, fetches, self.garbage)
 
     def gap(self, gap: Gap) -> None:
         """Messages are lost to a subscription."""
