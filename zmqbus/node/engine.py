@@ -38,6 +38,7 @@ from zmqbus.node.peers.survey import survey
 from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
+from zmqbus.node.queues.workers import Workers
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.receiving.repairs import fetch_all
@@ -47,7 +48,7 @@ from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
-from zmqbus.protocol.members.peers import Peer, PeerLeft
+from zmqbus.protocol.members.peers import Peer, PeerJoined, PeerLeft
 from zmqbus.protocol.streams.history import History
 from zmqbus.protocol.streams.stream import Fetch, Gap
 from zmqbus.protocol.streams.tracking import Tracker
@@ -82,6 +83,7 @@ class Engine:
         self.intakes: dict[int, Intake] = {}
         self.refusal: ZmqbusError | None = NodeClosed(f"node {config.name!r} is not open")
         self.replays = Replays(self, loop)
+        self.workers = Workers(self, loop)
         self.on_link_lost: list[Callable[[int], None]] = []
         """Told of a peer, by origin, to which a guarded link was lost: what was in flight, either way, may be lost.
 
@@ -182,6 +184,7 @@ class Engine:
                 await asyncio.sleep(TICK)
             while (self._forwarders or self._outbox is not None) and unacked(outlet) and now() < deadline:
                 await asyncio.sleep(TICK)
+            await self.workers.leave(max(0.0, deadline - now()))
             await self.replays.leave(self.refusal, max(0.0, deadline - now()))
             late = await self.peering.leave(max(0.0, deadline - now()))
             undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
@@ -192,6 +195,7 @@ class Engine:
             for intake in list(self.intakes.values()):
                 intake.close(self.refusal)
             self.replays.end(self.refusal)
+            self.workers.end()
             await self._shut()
             for listener in self._listeners.present:
                 listener.close()
@@ -228,6 +232,7 @@ class Engine:
         for intake in self.intakes.values():
             intake.forked(self.refusal)
         self.replays.forked(self.refusal)
+        self.workers.forked(self.refusal)
 
     # --- timers ----------------------------------------------------------------------------------
 
@@ -399,6 +404,10 @@ class Engine:
         """A command that is not about peering."""
         self._service.serve(identity, origin, command)
 
+    def introduced(self, origin: int) -> None:
+        """A peer answered HELLO."""
+        self.workers.attend(origin)
+
     def guard(self, origin: int) -> bool:
         """Have `on_link_lost` told of this peer from now on, until its link is lost for good: ask for it each time that
         something depends on it. False: nothing can be sent to that peer now."""
@@ -480,5 +489,9 @@ class Engine:
     def emit(self, event: Event) -> None:
         """Tell every listener."""
         self._listeners.emit(event)
+        if isinstance(event, PeerJoined):
+            self.workers.attend(event.peer.origin)
+        elif isinstance(event, PeerLeft):
+            self.workers.left(event.peer.origin)
         if isinstance(event, PeerLeft) and self._extension is not None:
             self._extension.left(event.peer.origin)
