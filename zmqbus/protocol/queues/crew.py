@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from zmqbus.protocol.queues.waiting import Waiting
 from zmqbus.protocol.queues.work import Delivery, Line, Team
 from zmqbus.protocol.topics import Matcher
-
-if TYPE_CHECKING:
-    from zmqbus.protocol.queues.waiting import Waiting
 
 
 class Member:
@@ -37,7 +35,7 @@ class Member:
         self.alone = False
         """The one message in its hand is at its last attempt."""
         self.silent = False
-        """A lease has run out, and nothing was heard of it since. What it had goes to others, and nothing more to it."""
+        """A lease has run out, and nothing was heard of it since."""
         self.turn = 0
 
 
@@ -115,8 +113,8 @@ class Crew:
     def choose(self) -> Choice | None:
         """Who is next, and for what: None if there is no work or no hands.
 
-        A last attempt waits for a member with nothing in hand. Lest it wait for ever while all are busy, one of them, not
-        more, is given nothing new until it is such a member.
+        A last attempt waits for a member with nothing in hand. Lest it wait for ever while all are busy, one of them,
+        not more, is given nothing new until it is such a member.
         """
         if self._has_last():
             if self._idle:

@@ -5,14 +5,14 @@ Sans-IO: knows no sockets, threads or clock; callers pass `now` (monotonic secon
 1. A message that was pushed is handled by one worker of any team that pulls its topic; one that was published, by one
    worker of each group that does. The owner adds the latter once for each group, and tells teams of equal group apart,
    if it wants them apart, by the group that it names in `Team` and `Line`.
-2. A worker is sent as many messages as it has granted, in all: available is granted − sent. It goes in turn between
-   workers with credit, between the lines of a team, and in a line between producers.
+2. A worker is sent as many messages as it has granted, in all: available is what it has granted, less what was sent.
+   Workers with credit are served in turn, and so are the lines of a team, and in a line its producers.
 3. A delivery is the worker's for as long as its lease, from the moment it is taken. Then it waits for another worker,
    before what is fresh. Until that has it, the late answer is as good as one in time; afterwards it is refused.
 4. A worker that let a lease run out gets nothing more until it is heard of again. So one that hangs does not swallow
    lease after lease what it has credit for; nor are jobs done twice because it was the owner that was stopped.
 5. An attempt counts when it fails: nacked, expired, or its worker gone. What was returned, or not sent, was none.
-   After `attempts_max` the message is dead, and settled once it is buried. Messages on `$dead.` topics never die (again).
+   After `attempts_max` the message is dead, and settled once it is buried. Those on `$dead.` topics do not die again.
 6. The last attempt is made alone: by a worker that has nothing else in hand, and gets nothing else meanwhile. So what
    makes workers die takes no neighbour with it.
 
@@ -68,6 +68,7 @@ class Dispatcher:
         """Messages that died since the owner cleared this: to be buried."""
         self._attempts_max = attempts_max
         self._lines: dict[Line, Waiting] = {}
+        self._pulled_by: dict[Waiting, list[Crew]] = {}
         self._crews: dict[Team, Crew] = {}
         self._members: dict[Hashable, Member] = {}
         self._leases: Timers[int, Delivery] = Timers()  # by number
@@ -108,9 +109,9 @@ class Dispatcher:
         crew.gone(member)
         if not crew.members:
             del self._crews[crew.team]
-            for line in self._lines.values():
-                if crew in line.crews:
-                    line.crews.remove(crew)
+            for crews in self._pulled_by.values():
+                if crew in crews:
+                    crews.remove(crew)
 
     def grant(self, worker: Hashable, credit: int) -> None:
         """So many messages may have been sent to the worker in all."""
@@ -142,17 +143,17 @@ class Dispatcher:
                 self._delay(line, Run(work, bits, attempt), then)
             else:
                 self._wait(line, Run(work, bits, attempt))
-        if line.limited and self._attempts_max == 1:
+        if todo and line.limited and self._attempts_max == 1:
             self._wait(line, Run(work, todo, 0))
         elif todo:
             work.fresh = todo
             line.waiting += todo.bit_count()
             line.add_fresh(work)
-            for crew in line.crews:
+            for crew in self._pulled_by[line]:
                 crew.ready[line] = None
 
     def withdraw(self, line: Line, origin: int) -> list[Work]:
-        """Take back works of which nothing was ever delivered: the newest of that origin, without a gap; oldest first."""
+        """Take back the newest works of an origin, down to the first that was ever touched. They come oldest first."""
         found = self._lines.get(line)
         works: list[Work] = []
         for work in reversed(found.works if found is not None else {}):
@@ -306,7 +307,7 @@ class Dispatcher:
                 line.redelivered,
                 line.done,
                 line.dead,
-                sum(crew.members for crew in line.crews),
+                sum(crew.members for crew in self._pulled_by[line]),
                 next(iter(line.works), None),
             )
             for line in self._lines.values()
@@ -318,14 +319,14 @@ class Dispatcher:
         line = self._lines.get(name)
         if line is None:
             line = self._lines[name] = Waiting(name)
-            line.crews = [crew for crew in self._crews.values() if crew.pulls(name)]
+            self._pulled_by[line] = [crew for crew in self._crews.values() if crew.pulls(name)]
         return line
 
     def _muster(self, team: Team) -> Crew:
         crew = self._crews[team] = Crew(team, self._turns)
-        for line in self._lines.values():
+        for line, crews in self._pulled_by.items():
             if crew.pulls(line.line):
-                line.crews.append(crew)
+                crews.append(crew)
                 crew.ready[line] = None  # those that have nothing are put away when their turn comes
                 crew.last[line] = None
         return crew
@@ -341,8 +342,8 @@ class Dispatcher:
         attempt = 1
         if run is not None:
             attempt = run.attempt + 1
-            if not run.todo and isinstance(run, Delivery):  # another's, whose answer is not welcome any more
-                self._members[run.worker].held.pop(run.number, None)
+            if not run.todo and isinstance(run, Delivery) and (late := self._members.get(run.worker)) is not None:
+                late.held.pop(run.number, None)
         first = work.batch.first + start
         number = next(self._numbers)
         deadline = now + member.lease
@@ -362,7 +363,7 @@ class Dispatcher:
         return delivery
 
     def _answered(self, worker: Hashable, number: int, first: int, last: int) -> tuple[Run | None, bool]:
-        """What of it is the worker's to answer for, taken out of the delivery; and whether that is all that it names."""
+        """What of it is the worker's to answer for, taken out of the delivery; and whether that is all it names."""
         member = self._members.get(worker)
         if member is None:
             return None, False
@@ -406,11 +407,11 @@ class Dispatcher:
         line.waiting += run.todo.bit_count()
         if line.limited and run.attempt + 1 >= self._attempts_max:
             queue = line.lasts
-            for crew in line.crews:
+            for crew in self._pulled_by[line]:
                 crew.last[line] = None
         else:
             queue = line.retries
-            for crew in line.crews:
+            for crew in self._pulled_by[line]:
                 crew.ready[line] = None
         tail = queue[-1] if queue else None
         if type(tail) is Run and type(run) is Run and (tail.work, tail.attempt) == (run.work, run.attempt):

@@ -57,6 +57,8 @@ class Timers(Generic[K, T]):
             heappop(self._steps)
         return self._steps[0] / STEPS if self._steps else None
 
-    def __iter__(self) -> Iterator[T]:
-        for things in self._due.values():
-            yield from things.values()
+    def entries(self) -> Iterator[tuple[float, K, T]]:
+        """All there is, in no order: when it is due, its key and itself."""
+        for step, things in self._due.items():
+            for key, thing in things.items():
+                yield step / STEPS, key, thing

@@ -1,7 +1,8 @@
 """What waits of one line, in which order it goes, and the line's figures. Bookkeeping only: the dispatcher decides.
 
-What has been tried, or was held back, goes before what is fresh; it has waited longest. Fresh messages go in turn between
-their producers, about CHUNK messages a turn, and in the order of each. What is down to its last attempt waits apart.
+What has been tried, or was held back, goes before what is fresh; it has waited longest. Fresh messages go in turn
+between their producers, about CHUNK messages a turn, and in the order of each. What is down to its last attempt waits
+apart.
 """
 
 from __future__ import annotations
@@ -10,18 +11,17 @@ from collections import deque
 from collections.abc import Collection
 from typing import NamedTuple
 
-from zmqbus.protocol.queues.crew import Crew
-from zmqbus.protocol.queues.work import LAST_WORDS, Line, Run, Work, lowest_run, ones
+from zmqbus.protocol.queues.work import DEAD_PREFIX, Line, Run, Work, lowest_run, ones
 
 CHUNK = 128  # messages to a delivery; of 100 bytes, 13 KB: worth a message of its own, and soon done
 
 
 class Cut(NamedTuple):
-    """`count` messages from index `start` on, that leave a line: of `run`, or fresh if that is None."""
+    """`size` messages from index `start` on, that leave a line: of `run`, or fresh if that is None."""
 
     work: Work
     start: int
-    count: int
+    size: int
     run: Run | None
 
 
@@ -29,28 +29,14 @@ class Waiting:
     """One line."""
 
     __slots__ = (
-        *(
-            "crews",
-            "dead",
-            "delayed",
-            "done",
-            "in_flight",
-            "lasts",
-            "limited",
-            "line",
-            "redelivered",
-            "retries",
-            "waiting",
-        ),
+        *("dead", "delayed", "done", "in_flight", "lasts", "limited", "line", "redelivered", "retries", "waiting"),
         *("works", "_fresh", "_quota", "_turns"),
     )
 
     def __init__(self, line: Line) -> None:
         self.line = line
-        self.limited = not line[1].startswith(LAST_WORDS)
+        self.limited = not line[1].startswith(DEAD_PREFIX)
         """Attempts are limited: beyond, there are dead letters."""
-        self.crews: list[Crew] = []
-        """Who pulls it."""
         self.works: dict[Work, None] = {}
         """Those with something unsettled, in the order in which they were added."""
         self.retries: deque[Run] = deque()
@@ -91,7 +77,7 @@ class Waiting:
         return Cut(run.work, start, 1, run)
 
     def cut(self, most: int) -> Cut:
-        """Take messages that follow each other, of those that `has_more` tells of: `most`, and of a long row only CHUNK."""
+        """Take at most so many messages that follow each other, of those that `has_more` tells of."""
         if self.retries:
             run = self.retries[0]
             start, count = _shortened(run.todo, most)
@@ -124,6 +110,7 @@ class Waiting:
             if not kept:
                 del self._fresh[origin]
                 self._turns.remove(origin)
+                self._quota = CHUNK
         for work in works:
             self.waiting -= work.fresh.bit_count()
             work.fresh = 0

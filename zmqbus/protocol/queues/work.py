@@ -1,7 +1,7 @@
 """What a dispatcher takes in and gives out: works, deliveries, dead letters, figures. Values only.
 
-Messages are never objects here. A **work** is a batch whose messages are each to be handled once; which of them is meant
-is said by bits: bit 0 is the first message of the batch.
+Messages are never objects here. A **work** is a batch whose messages are each to be handled once; which of them are
+meant is said by bits: bit 0 is the first message of the batch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import msgspec
 from zmqbus.protocol.frames import Batch
 
 Line = tuple[str | None, str]
-"""What waits together: (group, topic). Pushed messages have no group (None): any team that pulls the topic may have them."""
+"""What waits together: (group, topic). No group (None): it was pushed, any team that pulls the topic may have it."""
 
-LAST_WORDS = "$dead."  # what is on such a topic has died already, and does so only once
+DEAD_PREFIX = "$dead."  # of topics of dead letters, which do not die again
 
 NO_ATTEMPTS: dict[int, int] = {}  # what most works have, shared and never changed: a million of them may wait
 
@@ -58,8 +58,8 @@ class Run(msgspec.Struct, gc=False, eq=False):
 class Delivery(Run, gc=False, eq=False):
     """Messages `first` to `last` of one work, given to one worker: it is their attempt number `attempt`.
 
-    `todo` is what of it is not answered for. After the lease has run out it waits for another worker, and until that has
-    it the answer is still welcome.
+    `todo` is what of it is not answered for. After the lease has run out it waits for another worker, and until that
+    has it the answer is still welcome.
     """
 
     worker: Hashable
