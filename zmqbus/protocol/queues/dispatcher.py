@@ -175,7 +175,7 @@ class Dispatcher:
         if line is not None:
             for due, key, _ in [entry for entry in self._delays.entries() if entry[2].work.line == name]:
                 self._delays.remove(due, key)
-            for crew in line.crews:
+            for crew in self._pulled_by.pop(line):
                 crew.ready.pop(line, None)
                 crew.last.pop(line, None)
 
