@@ -130,19 +130,8 @@ class Dispatcher:
             self.finished.append(work)
             return
         line.works[work] = None
-        runs: dict[tuple[int, float], int] = defaultdict(int)
-        for index in {*work.attempts, *due}:
-            attempt, then = work.attempts.get(index, 0), due.get(index, 0.0)
-            if todo >> index & 1 and (attempt or then > now):
-                runs[attempt, then if then > now else 0.0] |= 1 << index
-        for (attempt, then), bits in sorted(runs.items()):
-            todo ^= bits
-            if line.limited and attempt >= self._attempts_max:
-                self._die(line, Run(work, bits, attempt), USED_UP)
-            elif then:
-                self._delay(line, Run(work, bits, attempt), then)
-            else:
-                self._wait(line, Run(work, bits, attempt))
+        if work.attempts or due:
+            todo = self._add_tried(line, work, todo, now, due)
         if todo and line.limited and self._attempts_max == 1:
             self._wait(line, Run(work, todo, 0))
         elif todo:
@@ -196,6 +185,8 @@ class Dispatcher:
         answered, whole = self._answered(worker, number, first, last)
         if answered is not None:
             answered.attempt -= 1
+            if answered.work.attempts:  # where the lease had run out it was counted already
+                _count(answered)
             self._wait(self._lines[answered.work.line], answered)
         return whole
 
@@ -380,12 +371,27 @@ class Dispatcher:
         self._heard(member)
         return Run(work, bits, delivery.attempt) if bits else None, count > 0 and count == last - first + 1
 
+    def _add_tried(self, line: Waiting, work: Work, todo: int, now: float, due: Mapping[int, float]) -> int:
+        """Of what is to be done take in what has been tried, or is not due yet. The rest is fresh."""
+        runs: dict[tuple[int, float], int] = defaultdict(int)
+        for index in {*work.attempts, *due}:
+            attempt, then = work.attempts.get(index, 0), due.get(index, now)
+            if todo >> index & 1 and (attempt or then > now):
+                runs[attempt, max(then, now)] |= 1 << index
+        for (attempt, then), bits in sorted(runs.items()):
+            todo ^= bits
+            run = Run(work, bits, attempt)
+            if line.limited and attempt >= self._attempts_max:
+                self._die(line, run, USED_UP)
+            elif then > now:
+                self._delay(line, run, then)
+            else:
+                self._wait(line, run)
+        return todo
+
     def _failed(self, line: Waiting, run: Run, reason: str, due: float = 0.0) -> None:
         """Attempt number `run.attempt` was in vain: once more, not before `due`, or never."""
-        work = run.work
-        if work.attempts is NO_ATTEMPTS:
-            work.attempts = {}
-        work.attempts.update(dict.fromkeys(indexes(run.todo), run.attempt))
+        _count(run)
         if line.limited and run.attempt >= self._attempts_max:
             self._die(line, run, reason)
         elif due:
@@ -430,6 +436,18 @@ class Dispatcher:
         if work.done.bit_count() == work.batch.count:
             del line.works[work]
             self.finished.append(work)
+
+
+def _count(run: Run) -> None:
+    """Note in the work how many attempts count against these messages."""
+    work = run.work
+    if work.attempts is NO_ATTEMPTS:
+        work.attempts = {}
+    for index in indexes(run.todo):
+        if run.attempt:
+            work.attempts[index] = run.attempt
+        else:
+            work.attempts.pop(index, None)
 
 
 def _back_off(attempt: int) -> float:
