@@ -47,6 +47,7 @@ PEERS_PER_HELLO = 256  # a newcomer needs a few to find the rest
 SUBSCRIPTIONS_MAX = 1024  # of one node; each costs its peers memory
 PATTERNS_MAX = 256  # of one subscription
 LOG_BATCHES_MAX = 4096  # of one LOG
+QUEUES_PER_STATISTICS = 1000
 DELIVERIES_MAX = 4096  # of one JOB, DONE or FAIL
 END = 2**64 - 1  # as an offset: where the journal ends now
 
@@ -286,14 +287,30 @@ class Stats(Body):
     skip: U64 = 0
 
 
+class QueueFigures(msgspec.Struct, omit_defaults=True):
+    """One queue of its owner, or what one group has to do of a topic: numbers of messages now, and since it started."""
+
+    topic: Annotated[str, Meta(max_length=255)]
+    group: Annotated[str, Meta(max_length=255)] = ""  # of published messages; "": pushed ones
+    waiting: U64 = 0
+    in_flight: U64 = 0
+    delayed: U64 = 0  # of those that wait: until some time
+    redelivered: U64 = 0
+    done: U64 = 0
+    dead: U64 = 0
+    workers: U64 = 0
+    oldest_ns: U64 = 0  # when the oldest that is not done was sent, ns since 1970; 0: there is none
+
+
 class Statistics(Body):
-    """Counters of a peer, (topic, last seq, bytes published) of its streams, in order of first use, and of a forwarder
-    (name, offset, whether somebody reads under it) of its cursors."""
+    """Counters of a peer, (topic, last seq, bytes published) of its streams, in order of first use, of a forwarder
+    (name, offset, whether somebody reads under it) of its cursors, and its queues."""
 
     counters: dict[str, int | float | str]
     topics: Annotated[list[tuple[Topic, U64, U64]], Meta(max_length=HEADS_PER_COMMAND)] = []
     more: bool = False
     cursors: Annotated[list[tuple[Name, U64, bool]], Meta(max_length=HEADS_PER_COMMAND)] = []
+    queues: Annotated[list[QueueFigures], Meta(max_length=QUEUES_PER_STATISTICS)] = []
 
 
 class Error(Body):

@@ -158,6 +158,21 @@ class Dispatcher:
             found.drop(origin, gone)
         return works[::-1]
 
+    def forget(self, line: Line) -> None:
+        """There is to be no such line. What workers have of it is not theirs any more, and nothing of it is finished."""
+        found = self._lines.pop(line, None)
+        if found is None:
+            return
+        for due, key, run in list(self._delays.entries()):
+            if run.work.line == line:
+                self._delays.remove(due, key)
+        for crew in self._pulled_by.pop(found):
+            crew.ready.pop(found, None)
+            crew.last.pop(found, None)
+        for member in self._members.values():
+            for delivery in [delivery for delivery in member.held.values() if delivery.work.line == line]:
+                self._take_away(member, delivery, delivery.todo)
+
     # --- what workers say ------------------------------------------------------------------------
 
     def done(self, worker: Hashable, number: int, first: int, last: int, now: float) -> bool:
@@ -274,8 +289,9 @@ class Dispatcher:
         """Its dead letter is kept: now the message is settled."""
         work = dead.work
         bits = 1 << dead.seq - work.batch.first
-        if not work.done & bits:
-            self._settle(self._lines[work.line], work, bits)
+        line = self._lines.get(work.line)
+        if line is not None and work in line.works:
+            self._settle(line, work, bits)
 
     def figures(self, now: float) -> list[Figures]:
         """Of each line."""
@@ -355,21 +371,27 @@ class Dispatcher:
         work = delivery.work
         low, high = max(first, delivery.first), min(last, delivery.last)
         bits = delivery.todo & ones(high - low + 1) << low - work.batch.first if low <= high else 0
-        delivery.todo ^= bits
         count = bits.bit_count()
         line = self._lines[work.line]
         if delivery.live:
             line.in_flight -= count
-            member.hand -= count
-            if not delivery.todo:
-                self._leases.remove(delivery.deadline, number)
-                member.alone = False
         else:
             line.waiting -= count
-        if not delivery.todo:
-            del member.held[number]
+        self._take_away(member, delivery, bits)
         self._heard(member)
         return Run(work, bits, delivery.attempt) if bits else None, count > 0 and count == last - first + 1
+
+    def _take_away(self, member: Member, delivery: Delivery, bits: int) -> None:
+        """Something of a delivery is not the worker's business any more."""
+        delivery.todo ^= bits
+        if delivery.live:
+            member.hand -= bits.bit_count()
+            if not delivery.todo:
+                self._leases.remove(delivery.deadline, delivery.number)
+                member.alone = False
+        if not delivery.todo:
+            del member.held[delivery.number]
+        member.crew.place(member)
 
     def _add_tried(self, line: Waiting, work: Work, todo: int, now: float, due: Mapping[int, float]) -> int:
         """Of what is to be done take in what has been tried, or is not due yet. The rest is fresh."""
