@@ -29,6 +29,7 @@ from zmqbus.node.faces.node import CLOSE_TIMEOUT, NOT_LIVE
 from zmqbus.node.publishing import durability
 from zmqbus.node.publishing.durability import room
 from zmqbus.node.publishing.publisher import SMALL, TICK, Publisher
+from zmqbus.node.queues.owner import delayed
 from zmqbus.protocol.members.peers import Peer
 
 
@@ -84,6 +85,7 @@ class AsyncNode:
         )
         self._crowded: list[None] = []
         self._publishers: dict[str, Publisher] = {}
+        self._queues: set[str] = set()
         self._opened: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -200,6 +202,30 @@ class AsyncNode:
         self._at_home().outlet.flush_all()
         await self._give_way(timeout=inf if timeout is None else timeout)
         await durability.all_durable(self._engine.outlet, timeout)
+
+    # --- queues ----------------------------------------------------------------------------------
+
+    async def push(
+        self,
+        queue: str,
+        value: object,
+        *,
+        headers: dict[str, Any] | None = None,
+        durable: bool = False,
+        delay: float | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """See `Node.push`."""
+        if queue not in self._queues:
+            self._at_home().jobs.publisher(queue)
+            self._queues.add(queue)
+        if delay is not None:
+            headers = delayed(headers, delay)
+        return await self.publish(queue, value, headers=headers, durable=durable, timeout=timeout)
+
+    async def push_many(self, queue: str, values: Iterable[object]) -> int:
+        """See `Node.push_many`."""
+        return await AsyncPublisher(self, self._at_home().jobs.publisher(queue)).send_many(values)
 
     # --- subscribe -------------------------------------------------------------------------------
 

@@ -20,16 +20,16 @@ from zmqbus.node.events import Event, JobRefused, Warned
 from zmqbus.node.peers.peering import Peering
 from zmqbus.node.queues.delivery import Delivery, Parcel
 from zmqbus.node.queues.hand import Hand
-from zmqbus.node.queues.tie import Done, Tie
-from zmqbus.node.wiring.links import Link
+from zmqbus.node.queues.tie import Done, Tie, Wire
 from zmqbus.protocol import commands
-from zmqbus.protocol.commands import Command, Error, Job, Settled
+from zmqbus.protocol.commands import Body, Command, Error, Job, Settled
 from zmqbus.protocol.starts import Start, parse_start
 from zmqbus.protocol.topics import check_pattern
 
 ROUND = 2.0  # seconds between looks for ties that have broken unnoticed
 LATE = 0.002  # seconds for which what is acknowledged gathers, while there is more to do
 STUMBLE = 0.02  # seconds, before what could not be said is said again
+BROKEN = 0.5  # seconds after a connection broke, when it may be there again
 WORKERS_MAX = 1024
 CREDIT_MAX = 1_000_000
 GROUP_BYTES_MAX = 255
@@ -38,11 +38,25 @@ BARRING = ("unexpected", "unknown")  # codes of errors of a peer that gives out 
 CLOSED = "its worker was closed before it was settled"
 
 
+class Jobs(Protocol):
+    """This node's own jobs."""
+
+    def serve(self, identity: bytes, origin: int, command: Command) -> bool:
+        """A command of a worker."""
+
+
 class Host(Protocol):
     """What is needed of the engine."""
 
     origin: int
     peering: Peering
+
+    @property
+    def jobs(self) -> Jobs:
+        """Once it is open."""
+
+    def guard(self, origin: int) -> bool:
+        """Say so when the connection to a node breaks."""
 
     def emit(self, event: Event) -> None:
         """Something happened."""
@@ -52,6 +66,36 @@ class Host(Protocol):
 
     def soon(self, work: Callable[..., object], *arguments: object) -> None:
         """Do this on the loop. Any thread."""
+
+
+class Within:
+    """Stands for a link to this node's own jobs."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._requests = 0
+        self._followed: dict[int, Callable[[Command | None], None]] = {}
+
+    def follow(self, body: Body, on_answer: Callable[[Command | None], None]) -> int:
+        """See `Wire`."""
+        self._requests += 1
+        self._followed[self._requests] = on_answer
+        self.say(body, self._requests)
+        return self._requests
+
+    def say(self, body: Body, number: int) -> bool:
+        """See `Wire`."""
+        self._host.jobs.serve(b"", self._host.origin, Command(number, body, []))
+        return True
+
+    def unfollow(self, number: int) -> None:
+        """See `Wire`."""
+        self._followed.pop(number, None)
+
+    def answered(self, command: Command) -> None:
+        """Something comes back."""
+        if (on_answer := self._followed.get(command.request)) is not None:
+            on_answer(command)
 
 
 class Pull:
@@ -72,6 +116,10 @@ class Workers:
     """All workers of one node."""
 
     def __init__(self, host: Host, loop: asyncio.AbstractEventLoop) -> None:
+        within = Within(host)
+        self.local: Callable[[Command], None] = within.answered
+        """Takes what our own workers are answered."""
+        self._within = within
         self._host = host
         self._loop = loop
         self._pulls: dict[Hand, Pull] = {}
@@ -125,7 +173,7 @@ class Workers:
         self._pulls[hand] = pull
         if self._timer is None:
             self._timer = self._loop.call_later(ROUND, self._round)
-        for origin in list(self._host.peering.links):
+        for origin in self._owners():
             self._attend(pull, origin)
         return hand
 
@@ -267,6 +315,11 @@ class Workers:
         for pull in self._pulls.values():
             self._attend(pull, origin)
 
+    def lost(self, origin: int) -> None:
+        """The connection to a peer broke, or the way from it to us: it may know us no more."""
+        if self._pulls:
+            self._loop.call_later(BROKEN, self.attend, origin)
+
     def left(self, origin: int) -> None:
         """A peer is no longer there."""
         for hand in self._pulls:
@@ -274,24 +327,30 @@ class Workers:
                 self._lose(hand, tie)
 
     def _attend(self, pull: Pull, origin: int) -> None:
-        """See to it that a peer knows this worker."""
-        link = self._host.peering.links.get(origin)
-        if link is None or pull.hand.closed is not None:
+        """See to it that an owner knows this worker."""
+        wire: Wire | None = self._within if origin == self._host.origin else self._host.peering.links.get(origin)
+        if wire is None or pull.hand.closed is not None:
             return
         tie = pull.hand.ties.get(origin)
-        if tie is None or tie.gone or tie.wire is not link:
-            self._join(pull, origin, link)
+        if tie is None or tie.gone or tie.wire is not wire:
+            self._join(pull, origin, wire)
         else:
             self._ping(tie)
 
-    def _join(self, pull: Pull, origin: int, link: Link) -> None:
+    def _owners(self) -> list[int]:
+        """Ourselves, and the peers."""
+        return [self._host.origin, *self._host.peering.links]
+
+    def _join(self, pull: Pull, origin: int, wire: Wire) -> None:
         hand = pull.hand
         if (old := hand.ties.get(origin)) is not None and not old.gone:
             self._lose(hand, old)
         names = {peer.origin: peer.name for peer in self._host.peering.peers()}
-        tie = hand.ties[origin] = Tie(pull.number, origin, names.get(origin, f"{origin:016x}"), link)
-        if old is not None and old.wire is link:
-            link.send(commands.Leave(pull.number))  # should it know the old one: that had another count of jobs
+        tie = hand.ties[origin] = Tie(pull.number, origin, names.get(origin, f"{origin:016x}"), wire)
+        if old is not None and old.wire is wire:
+            wire.say(
+                commands.Leave(pull.number), old.request
+            )  # should it know the old one: that had another count of jobs
         tie.last_heard = now()
         body = commands.Join(
             pull.number,
@@ -302,8 +361,9 @@ class Workers:
             pull.start.offset,
             pull.start.time_ns,
         )
-        tie.request = link.follow(body, partial(self._answered, pull, tie))
+        tie.request = wire.follow(body, partial(self._answered, pull, tie))
         tie.gone = not tie.request  # until the next round
+        self._host.guard(origin)
 
     def _ping(self, tie: Tie) -> None:
         """Who knows nothing of it says so."""
@@ -313,7 +373,7 @@ class Workers:
         """While there are workers."""
         self._timer = self._loop.call_later(ROUND, self._round) if self._pulls else None
         for pull in list(self._pulls.values()):
-            for origin in list(self._host.peering.links):
+            for origin in self._owners():
                 tie = pull.hand.ties.get(origin)
                 if tie is None or (not tie.barred and tie.last_heard <= now() - ROUND):
                     self._attend(pull, origin)
