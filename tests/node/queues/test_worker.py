@@ -693,12 +693,15 @@ def test_an_owner_that_restarts_is_joined(bus: str) -> None:
             second.close()
 
 
-def test_a_peer_without_jobs_is_left_alone(node: zmqbus.Node, owner: ScriptedOwner) -> None:
+def test_a_peer_without_jobs_is_left_alone(
+    node: zmqbus.Node, owner: ScriptedOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "ROUND", 0.05)
     worker = pull(node, owner)
     identity, request, _ = owner.joins[-1]
     with node.events() as events:
         owner.answer(identity, commands.Error("unexpected", "JOIN makes no sense here"), request)
-        time.sleep(2.5 * workers.ROUND)
+        time.sleep(0.5)
         assert events.get(0) is None
     assert len(owner.said) == 1, "it was asked once"
     assert worker.get(0) is None
