@@ -307,9 +307,16 @@ class Engine:
         return await self.attach(patterns, make, wake)
 
     async def attach(
-        self, patterns: Sequence[str], make: Callable[[int, Feed], Intake], wake: Callable[[], None] | None
+        self,
+        patterns: Sequence[str],
+        make: Callable[[int, Feed], Intake],
+        wake: Callable[[], None] | None,
+        internal: bool = False,
     ) -> Intake:
-        """Open a subscription of the kind that `make` makes, and have it registered. Otherwise as `subscribe`."""
+        """Open a subscription of the kind that `make` makes, and have it registered. Otherwise as `subscribe`.
+
+        `internal`: to reserved topics as well.
+        """
         if not patterns:
             raise TopicError("", "give at least one pattern; '>' is everything")
         if len(patterns) > PATTERNS_MAX or len(self.intakes) >= SUBSCRIPTIONS_MAX:
@@ -317,7 +324,7 @@ class Engine:
                 f"at most {PATTERNS_MAX} patterns to a subscription, and {SUBSCRIPTIONS_MAX} subscriptions to a node"
             )
         for pattern in patterns:
-            check_pattern(pattern)
+            check_pattern(pattern, internal=internal)
         socket = self._factory.sub(FRAMES_QUEUED)
         for prefix in covering_prefixes(patterns):
             socket.subscribe(prefix)
@@ -496,5 +503,5 @@ class Engine:
         elif isinstance(event, PeerLeft):
             self.workers.left(event.peer.origin)
             self.jobs.left_by(event.peer.origin)
-            if self._extension is not None:
-                self._extension.left(event.peer.origin)
+        if self._extension is not None:
+            self._extension.heard(event)
