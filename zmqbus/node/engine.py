@@ -45,6 +45,7 @@ from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.receiving.repairs import fetch_all
 from zmqbus.node.receiving.replays import Replays
+from zmqbus.node.requests.exchange import Exchange
 from zmqbus.node.storing.outbox import Outbox
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.node.wiring.links import Inbox, Link
@@ -137,7 +138,8 @@ class Engine:
         self.outlet = Outlet(broadcast, self.origin, history, config.acks, self._start_ticking, self._in_turns)
         gives_out = config.outbox is None and self._extension is None
         self.jobs = Owner(self, self._loop, gives_out)
-        self.on_link_lost += (self.jobs.lost, self.workers.lost)
+        self.requests = Exchange(self, self._loop, config.name)
+        self.on_link_lost += [self.jobs.lost, self.workers.lost, self.requests.asking.lost]
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
             await strangers_are_refused(
@@ -188,6 +190,7 @@ class Engine:
         outlet = self.outlet
         outlet.refuse(self.refusal)
         outlet.flush_all()
+        self.requests.asking.close(self.refusal)
         deadline = now() + timeout
         try:
             while not outlet.push() and now() < deadline:
@@ -195,6 +198,7 @@ class Engine:
             await self.workers.leave(max(0.0, deadline - now()))
             while (self.jobs.left or ((self._forwarders or self._outbox) and unacked(outlet))) and now() < deadline:
                 await asyncio.sleep(TICK)
+            await self.requests.answering.leave(max(0.0, deadline - now()))
             await self.replays.leave(self.refusal, max(0.0, deadline - now()))
             late = await self.peering.leave(max(0.0, deadline - now()))
             undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
@@ -430,7 +434,8 @@ class Engine:
 
     def serve(self, identity: bytes, origin: int, command: Command) -> None:
         """A command that is not about peering."""
-        self._service.serve(identity, origin, command)
+        if not self.requests.serve(identity, origin, command):
+            self._service.serve(identity, origin, command)
 
     def introduced(self, origin: int) -> None:
         """A peer answered HELLO."""
@@ -460,13 +465,6 @@ class Engine:
             raise WaitTimeout("peer(s)", len(self.peering.peers()), n, timeout or 0.0)
         return self.peering.peers()
 
-    async def wait_for_subscribers(self, topic: str, n: int, timeout: float | None, observers: bool) -> int:
-        """Wait until a topic has at least `n` subscriptions."""
-        registry = self.peering.registry
-        if not await registry.until(lambda: registry.subscribers(topic, observers) >= n, timeout):
-            raise WaitTimeout(f"subscriber(s) of {topic}", registry.subscribers(topic, observers), n, timeout or 0.0)
-        return registry.subscribers(topic, observers)
-
     def _all_counters(self) -> Counters:
         return {**self.counters(), **(self._extension.counters() if self._extension is not None else {})}
 
@@ -478,7 +476,13 @@ class Engine:
         """Counters since start."""
         own = count(self.outlet, self.intakes.values(), self.replays, self.workers, self._service)
         more = self._outbox.counters() if self._outbox is not None else {}
-        return {"peers": len(self.peering.peers()), **own, "warnings": self._warnings, **more}
+        return {
+            "peers": len(self.peering.peers()),
+            **own,
+            "warnings": self._warnings,
+            **self.requests.counters(),
+            **more,
+        }
 
     async def topics(self, patterns: Sequence[str], timeout: float) -> list[TopicInfo]:
         """The streams of every peer and our own that fit. Peers that do not answer are warned of."""
