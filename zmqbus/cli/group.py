@@ -13,8 +13,8 @@ from zmqbus.cli.forwarder import forwarder
 from zmqbus.cli.journal import journal
 from zmqbus.cli.pubsub.pub import pub
 from zmqbus.cli.pubsub.sub import sub
+from zmqbus.cli.pubsub.tap import tap
 from zmqbus.cli.shell.bus import Bus
-from zmqbus.cli.tap import tap
 from zmqbus.cli.views import completion, keygen, nodes, topics
 from zmqbus.node import RELEASE
 
