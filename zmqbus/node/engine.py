@@ -44,7 +44,7 @@ from zmqbus.node.receiving.repairs import fetch_all
 from zmqbus.node.receiving.replays import Replays
 from zmqbus.node.storing.outbox import Outbox
 from zmqbus.node.wiring.broadcast import Broadcast
-from zmqbus.node.wiring.links import Inbox
+from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
 from zmqbus.protocol.members.peers import Peer, PeerLeft
@@ -82,6 +82,10 @@ class Engine:
         self.intakes: dict[int, Intake] = {}
         self.refusal: ZmqbusError | None = NodeClosed(f"node {config.name!r} is not open")
         self.replays = Replays(self, loop)
+        self.on_link_lost: list[Callable[[int], None]] = []
+        """Told of a peer, by origin, to which a guarded link was lost: what was in flight, either way, may be lost.
+
+        More is not known: the peer may be dead, or there again in a moment, and then it is as if nothing had been."""
         self._loop = loop
         self._in_turns = in_turns
         self._extension = extension
@@ -394,6 +398,18 @@ class Engine:
     def serve(self, identity: bytes, origin: int, command: Command) -> None:
         """A command that is not about peering."""
         self._service.serve(identity, origin, command)
+
+    def guard(self, origin: int) -> bool:
+        """Have `on_link_lost` told of this peer from now on, until its link is lost for good: ask for it each time that
+        something depends on it. False: nothing can be sent to that peer now."""
+        link = self.peering.links.get(origin)
+        return link is not None and link.guard()
+
+    def link_lost(self, link: Link) -> None:
+        """A guarded link broke, or was closed."""
+        if link.origin is not None:
+            for told in self.on_link_lost:
+                told(link.origin)
 
     # --- questions -------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from zmqbus.net.interfaces import AddressWatch, NetworkNews
 from zmqbus.net.sockets import Role, SocketFactory, parse_endpoint
 from zmqbus.node.events import Event, KeyMismatch, Warned
 from zmqbus.node.peers.hearing import Hearing
+from zmqbus.node.peers.introduction import introduced
 from zmqbus.node.peers.registry import ASK_AGAIN, Registry, Streams
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.wiring.links import Inbox, Link
@@ -61,6 +62,9 @@ class Host(Streams, Protocol):
 
     def serve(self, identity: bytes, origin: int, command: Command) -> None:
         """A command of a peer that is not about peering."""
+
+    def link_lost(self, link: Link) -> None:
+        """The connection of a link that is guarded broke, or was closed."""
 
 
 class Peering:
@@ -221,7 +225,8 @@ class Peering:
         # Without a key nearly all handshakes succeed: a monitor only where one seems not to have.
         on_refused = self._mismatch if self._factory.secure or (old is not None and old.origin is None) else None
         try:
-            link = Link(self._factory, self._loop, endpoint, self._on_answer, self._garbage, self._hello, on_refused)
+            hear, garbage, hello, lost = self._on_answer, self._garbage, self._hello, self._host.link_lost
+            link = Link(self._factory, self._loop, endpoint, hear, garbage, hello, on_refused, lost)
         except (SetupError, AuthError) as error:
             self._warnings.say(endpoint, f"cannot dial {endpoint}: {error}")
             return
@@ -292,7 +297,7 @@ class Peering:
         link.pub = f"tcp://{host}:{body.pub_port}"
         link.tap = f"tcp://{host}:{body.tap_port}" if body.tap_port else link.pub
         endpoints = self._candidates(body) or [link.endpoint]  # what it says may not be reachable: it was dialled here
-        outputs = self._membership.welcomed(self._peer(body, endpoints, link.pub), link.endpoint, now())
+        outputs = self._membership.welcomed(introduced(body, endpoints, link.pub), link.endpoint, now())
         taken = self._membership.state(body.origin) in (State.SEEN, State.JOINED)
         if taken and HangUp(link.endpoint) not in outputs:
             link.origin = body.origin
@@ -328,24 +333,8 @@ class Peering:
         endpoints = self._candidates(body)
         if endpoints:
             pub = f"tcp://{parse_endpoint(endpoints[0])[0]}:{body.pub_port}"
-            self._perform(self._membership.greeted(self._peer(body, endpoints, pub), now()))
+            self._perform(self._membership.greeted(introduced(body, endpoints, pub), now()))
         self._hints(body)
-
-    def _peer(self, body: Hello, endpoints: list[str], pub: str) -> Peer:
-        return Peer(
-            origin=body.origin,
-            name=body.name,
-            inbox=endpoints[0],
-            also=tuple(endpoints[1:]),
-            pub=pub,
-            epoch=body.epoch,
-            role=body.role,
-            claims=tuple(body.claims),
-            journal=body.journal,
-            host=body.host,
-            pid=body.pid,
-            version=body.release,
-        )
 
     def _candidates(self, body: Hello) -> list[str]:
         """Of the endpoints a peer says it has, those to dial, the best first."""
@@ -487,8 +476,8 @@ class Peering:
     async def leave(self, timeout: float) -> list[int]:
         """Say BYE to everybody; returns who had not confirmed to have all within `timeout` seconds."""
         began = now()  # whom we have just introduced ourselves to counts us in, and so must hear of the end
-        introduced = lambda: not any(link.is_answering for link in self._dialled.values())  # noqa: E731
-        await self.registry.until(introduced, min(timeout, WELCOME_PATIENCE))
+        answered = lambda: not any(link.is_answering for link in self._dialled.values())  # noqa: E731
+        await self.registry.until(answered, min(timeout, WELCOME_PATIENCE))
         return await self.registry.leave(max(0.0, began + timeout - now()))
 
     def _cancel_timers(self) -> None:

@@ -48,10 +48,12 @@ class Link:
         on_garbage: Callable[[RemoteProtocolError], None],
         hello: Callable[[Link], bool],
         on_refused: Callable[[Link, str], None] | None,
+        on_lost: Callable[[Link], None] | None = None,
     ) -> None:
         """`hello` is called until it returns True: at the first moment at which the peer can be reached.
 
         `on_refused` is told why a handshake failed, as far as that can be known; None saves the monitor for it.
+        `on_lost`: see `guard`.
         """
         self.endpoint = endpoint
         self.origin: int | None = None
@@ -68,16 +70,22 @@ class Link:
         self._requests = 0
         self._hello: Callable[[Link], bool] | None = hello
         self._on_refused = on_refused
+        self._on_lost = on_lost
+        self._guarded = False
         self._broken_off_at = -inf
         self._socket = factory.dealer()
-        self._monitor = factory.handshake_monitor(self._socket) if on_refused is not None else None
+        self._monitor: Socket | None = None
+        self._monitor_watch: FdWatch | None = None
+        if on_refused is not None:
+            self._monitor = factory.handshake_monitor(self._socket, outcome=True)
         try:
             factory.connect(self._socket, endpoint)
         except ZmqbusError:
             self._close_socket(0)
             raise
         self._watch = FdWatch(loop, self._socket, self._drain)
-        self._monitor_watch = FdWatch(loop, self._monitor, self._drain_monitor) if self._monitor else None
+        if self._monitor is not None:
+            self._monitor_watch = FdWatch(loop, self._monitor, self._drain_monitor)
 
     @property
     def is_connected(self) -> bool:
@@ -90,6 +98,21 @@ class Link:
     def is_answering(self) -> bool:
         """Whether the answer to our HELLO is under way."""
         return self.awaits_welcome and self.is_connected
+
+    def guard(self) -> bool:
+        """Have `on_lost` told whenever the connection breaks from now on, and when this is closed. False: nothing can
+        be sent now, so that there may be no connection to lose.
+
+        It means that what was in flight may be lost, either way, and not that the peer is dead, or stays away: libzmq
+        dials again by itself. The monitor for it costs 16 KiB and two descriptors, so it is made where it is wanted.
+        """
+        if self._socket.closed:
+            return False
+        if self._monitor is None:
+            self._monitor = self._factory.handshake_monitor(self._socket, outcome=True)
+            self._monitor_watch = FdWatch(self._loop, self._monitor, self._drain_monitor)
+        self._guarded = True
+        return self.is_connected  # looked at last: a connection that broke just before the monitor stood shows here
 
     def send(self, body: Body) -> bool:
         """Say something that needs no answer. False: the peer cannot be reached now."""
@@ -143,6 +166,11 @@ class Link:
         followed, self._followed = self._followed, {}
         for on_answer in followed.values():
             on_answer(None)
+        self._lost()
+
+    def _lost(self) -> None:
+        if self._guarded and self._on_lost is not None:
+            self._on_lost(self)
 
     def _close_socket(self, linger_ms: int) -> None:
         if self._monitor is None:
@@ -202,18 +230,22 @@ class Link:
 
     def _drain_monitor(self) -> bool:
         assert self._monitor is not None
-        assert self._on_refused is not None
-        while True:
+        while not self._monitor.closed:
             try:
                 event, _, value = parse_monitor(self._monitor.recv_multipart(NOBLOCK))
             except Again:
-                return False
+                break
+            if event == "DISCONNECTED":
+                self._lost()
+            if self._on_refused is None or not event.startswith("HANDSHAKE_FAILED"):
+                continue
             if event == "HANDSHAKE_FAILED_NO_DETAIL":
                 # It hung up. So does, once, a peer that is closing; one that stands still is cut off after 3 s.
                 last, self._broken_off_at = self._broken_off_at, self._loop.time()
                 if self._broken_off_at - last > HANG_UPS_WITHIN:
                     continue
             self._on_refused(self, _why_refused(event, value, self._factory.secure))
+        return False
 
 
 def _why_refused(event: str, value: int, have_key: bool) -> str:
