@@ -24,7 +24,7 @@ from zmqbus.node.storing.committer import Committer
 from zmqbus.node.storing.worker import Worker
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
-from zmqbus.protocol.commands import PATTERNS_MAX, Command
+from zmqbus.protocol.commands import PATTERNS_MAX, Command, QueueFigures
 from zmqbus.protocol.topics import check_pattern
 
 CLOSE_TIMEOUT = 5.0
@@ -231,6 +231,10 @@ class Forwarder:
     def cursors(self) -> list[tuple[str, int, bool]]:
         """Name, offset, and whether somebody reads under it."""
         return self._readings.cursors()
+
+    def queues(self) -> list[QueueFigures]:
+        """What is to be done, by queue and group."""
+        return []
 
     # --- out ---------------------------------------------------------------------------------------
 

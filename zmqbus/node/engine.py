@@ -32,12 +32,14 @@ from zmqbus.net.zap import ZapHandler, strangers_are_refused
 from zmqbus.node import RELEASE
 from zmqbus.node.config import Config
 from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
+from zmqbus.node.peers.counting import count
 from zmqbus.node.peers.peering import Peering
 from zmqbus.node.peers.serving import Counters, Extension, Service
 from zmqbus.node.peers.survey import survey
 from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
+from zmqbus.node.queues.owner import Owner
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.receiving.repairs import fetch_all
@@ -46,7 +48,7 @@ from zmqbus.node.storing.outbox import Outbox
 from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
-from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command
+from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Body, Command
 from zmqbus.protocol.members.peers import Peer, PeerLeft
 from zmqbus.protocol.streams.history import History
 from zmqbus.protocol.streams.stream import Fetch, Gap
@@ -89,6 +91,8 @@ class Engine:
         self._loop = loop
         self._in_turns = in_turns
         self._extension = extension
+        self.local: Callable[[Command], None] = lambda command: None
+        """Takes what our own workers are sent."""
         self._forwarders: tuple[tuple[int, Callable[[str], bool]], ...] = ()  # origin, and whether it claims a topic
         self._factory = SocketFactory(config.key)
         self._zap: ZapHandler | None = None
@@ -132,6 +136,9 @@ class Engine:
         broadcast = Broadcast(pub, tap, self._start_ticking)
         history = History(config.history_bytes, config.buffer_bytes)
         self.outlet = Outlet(broadcast, self.origin, history, config.acks, self._start_ticking, self._in_turns)
+        gives_out = config.outbox is None and self._extension is None
+        self.jobs = Owner(self, self._loop, gives_out)
+        self.on_link_lost.append(self.jobs.lost)
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
             await strangers_are_refused(
@@ -153,10 +160,16 @@ class Engine:
             ports=ports,
         )
         if config.outbox is not None:
-            self._outbox = await Outbox.open(config, self.outlet, self._loop, self._offer, self._warn)
+            self._outbox = await Outbox.open(config, self.outlet, self._loop, self._offer, self.warn)
         self._inbox = Inbox(router, self._loop, self.peering.on_command, self.garbage)  # from now on it is read
         self._service = Service(
-            self.origin, self.outlet, self._inbox, self._all_counters, self._extension, self._outbox
+            self.origin,
+            self.outlet,
+            self._inbox,
+            self.jobs,
+            self._all_counters,
+            self._extension,
+            self._outbox,
         )
         self.refusal = None
         self.peering.start(self._inbox)
@@ -182,12 +195,14 @@ class Engine:
                 await asyncio.sleep(TICK)
             while (self._forwarders or self._outbox is not None) and unacked(outlet) and now() < deadline:
                 await asyncio.sleep(TICK)
+            while self.jobs.left and now() < deadline:
+                await asyncio.sleep(TICK)
             await self.replays.leave(self.refusal, max(0.0, deadline - now()))
             late = await self.peering.leave(max(0.0, deadline - now()))
             undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
             if count := unacked(outlet):
                 undelivered.append(Undelivered("forwarder", 0, count))
-            return undelivered
+            return undelivered + self.jobs.remaining()
         finally:  # also if whoever waits for it is cancelled
             for intake in list(self.intakes.values()):
                 intake.close(self.refusal)
@@ -202,6 +217,8 @@ class Engine:
             timer.cancel()
         if hasattr(self, "peering"):
             await self.peering.close()
+        if hasattr(self, "jobs"):
+            self.jobs.close()
         if self._inbox is not None:
             self._inbox.close()
         if hasattr(self, "outlet"):
@@ -235,10 +252,11 @@ class Engine:
         self._timers["heartbeat"] = self._loop.call_later(HEARTBEAT_PERIOD, self._heartbeat)
         self._heartbeats += 1
         self.outlet.heartbeat(self._heartbeats)
+        self.jobs.look()
         history = self.outlet.history
         if history.full and not self._was_full:
             away = "" if self._forwarders else ", and none is on the bus"
-            self._warn(f"publishers wait: {history.pinned_bytes:,} bytes are not acknowledged by forwarders{away}")
+            self.warn(f"publishers wait: {history.pinned_bytes:,} bytes are not acknowledged by forwarders{away}")
         self._was_full = history.full
 
     def _announce_idle(self) -> None:
@@ -353,8 +371,16 @@ class Engine:
         # One that was killed and started again may be there twice: what its first life claimed is no more.
         for journal, peer in self.replays.present.items():
             self.outlet.claimed(journal, peer.claims)
+        self.jobs.forwarders_changed()
         if self._outbox is not None:
             self._outbox.offer()
+
+    def answer(self, identity: bytes, body: Body, request: int, parts: Sequence[bytes]) -> bool:
+        """Send to whoever asked; b"" is one of our own workers."""
+        if not identity:
+            self._loop.call_soon(self.local, Command(request, body, list(parts)))
+            return True
+        return self._inbox is not None and self._inbox.answer(identity, body, request, parts)
 
     def _offer(self, offer: commands.Offer) -> None:
         """Tell every forwarder."""
@@ -362,7 +388,7 @@ class Engine:
             if (link := self.peering.links.get(forwarder)) is not None:
                 link.send(offer)
 
-    def _warn(self, reason: str) -> None:
+    def warn(self, reason: str) -> None:
         self.emit(Warned(reason))
 
     # --- what intakes want, from the consumers' threads ------------------------------------------
@@ -439,33 +465,14 @@ class Engine:
 
     def counters(self) -> dict[str, int | float]:
         """Counters since start."""
-        outlet = self.outlet
-        trackers = [intake.tracker for intake in self.intakes.values()]
-        return {
-            "peers": len(self.peering.peers()),
-            "subscriptions": len(self.intakes) + len(self.replays),
-            "streams": len(outlet.publishers),
-            "messages_published": outlet.messages,
-            "frames_sent": outlet.frames,
-            "bytes_published": outlet.bytes,
-            "history_bytes": outlet.history.bytes,
-            "subscriber_stalls": outlet.broadcast.stalls,
-            "messages_received": sum(intake.messages for intake in self.intakes.values()) + self.replays.messages,
-            "messages_repaired": sum(tracker.repaired for tracker in trackers),
-            "messages_lost": sum(tracker.lost for tracker in trackers) + self.replays.lost,
-            "messages_duplicated": sum(tracker.duplicates for tracker in trackers),
-            "messages_unacked": unacked(outlet),
-            "unacked_bytes_pinned": outlet.history.pinned_bytes,
-            "warnings": self._warnings,
-            "fetches_served": self._service.fetches,
-            "fetch_bytes_served": self._service.fetch_bytes,
-            **(self._outbox.counters() if self._outbox is not None else {}),
-        }
+        own = count(self.outlet, self.intakes.values(), self.replays, self._service)
+        more = self._outbox.counters() if self._outbox is not None else {}
+        return {"peers": len(self.peering.peers()), **own, "warnings": self._warnings, **more}
 
     async def topics(self, patterns: Sequence[str], timeout: float) -> list[TopicInfo]:
         """The streams of every peer and our own that fit. Peers that do not answer are warned of."""
         own = [(self.config.name, self.origin, self.outlet.topics(0, STREAMS_MAX))]
-        return await survey(self.peering, own, patterns, timeout, self._warn)
+        return await survey(self.peering, own, patterns, timeout, self.warn)
 
     # --- events, from any thread -----------------------------------------------------------------
 
@@ -480,5 +487,7 @@ class Engine:
     def emit(self, event: Event) -> None:
         """Tell every listener."""
         self._listeners.emit(event)
-        if isinstance(event, PeerLeft) and self._extension is not None:
-            self._extension.left(event.peer.origin)
+        if isinstance(event, PeerLeft):
+            self.jobs.left_by(event.peer.origin)
+            if self._extension is not None:
+                self._extension.left(event.peer.origin)

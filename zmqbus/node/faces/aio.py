@@ -28,6 +28,7 @@ from zmqbus.node.faces.node import CLOSE_TIMEOUT, NOT_LIVE
 from zmqbus.node.publishing import durability
 from zmqbus.node.publishing.durability import room
 from zmqbus.node.publishing.publisher import SMALL, TICK, Publisher
+from zmqbus.node.queues.owner import delayed
 from zmqbus.protocol.members.peers import Peer
 
 
@@ -199,6 +200,28 @@ class AsyncNode:
         self._at_home().outlet.flush_all()
         await self._give_way(timeout=inf if timeout is None else timeout)
         await durability.all_durable(self._engine.outlet, timeout)
+
+    # --- queues ----------------------------------------------------------------------------------
+
+    async def push(
+        self,
+        queue: str,
+        value: object,
+        *,
+        headers: dict[str, Any] | None = None,
+        durable: bool = False,
+        delay: float | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """See `Node.push`."""
+        self._at_home().jobs.publisher(queue)
+        if delay is not None:
+            headers = delayed(headers, delay)
+        return await self.publish(queue, value, headers=headers, durable=durable, timeout=timeout)
+
+    async def push_many(self, queue: str, values: Iterable[object]) -> int:
+        """See `Node.push_many`."""
+        return await AsyncPublisher(self, self._at_home().jobs.publisher(queue)).send_many(values)
 
     # --- subscribe -------------------------------------------------------------------------------
 

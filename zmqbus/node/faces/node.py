@@ -13,7 +13,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from datetime import datetime
 from math import inf
 from pathlib import Path
@@ -28,6 +28,7 @@ from zmqbus.node.events import EventStream, TopicInfo, Undelivered
 from zmqbus.node.faces.subscription import LogSubscription, Subscription
 from zmqbus.node.publishing.durability import publish_durably, wait_for_room, wait_until_all_durable
 from zmqbus.node.publishing.publisher import SMALL, Publisher
+from zmqbus.node.queues.owner import delayed
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.protocol.members.peers import Peer
 
@@ -93,6 +94,7 @@ class Node:
             raise
         self._closed = False
         self._publishers = self._engine.outlet.publishers
+        self._queues: dict[str, Publisher] = {}
         _nodes.add(self)
 
     # --- publish ---------------------------------------------------------------------------------
@@ -166,6 +168,53 @@ class Node:
         outlet.flush_all()
         outlet.make_room(timeout=inf if timeout is None else timeout)
         wait_until_all_durable(outlet, timeout)
+
+    # --- queues ----------------------------------------------------------------------------------
+
+    def push(
+        self,
+        queue: str,
+        value: object,
+        *,
+        headers: dict[str, Any] | None = None,
+        durable: bool = False,
+        delay: float | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Send a value to one worker of a queue, which is a topic; returns its seq there.
+
+        It is held until a worker has done it: by the forwarder that claims the topic, or else in this node's memory.
+        While more waits there than fits (`buffer_bytes`), this waits. Subscriptions to the topic see it, too.
+
+        Args:
+            durable: return when it is on a forwarder's disk, and not before.
+            delay: seconds before which no worker is to have it.
+            timeout: seconds to wait for room, or for the disk; None: no limit.
+
+        Raises:
+            BufferFull: there was no room within `timeout`; nothing was pushed.
+            SetupError: the delay is not a number of seconds.
+            And what `publish` raises.
+        """
+        publisher = self._queues.get(queue)
+        if publisher is None:
+            publisher = self._queues[queue] = self._engine.jobs.publisher(queue)
+        if delay is not None:
+            headers = delayed(headers, delay)
+        if durable:
+            return publish_durably(self._engine.outlet, publisher, value, headers, timeout)
+        if timeout is not None:
+            wait_for_room(self._engine.outlet, publisher, timeout)
+            return publisher.send_without_wait(value, headers)
+        return publisher.send(value, headers)
+
+    def push_many(self, queue: str, values: Iterable[object]) -> int:
+        """Push many values, each as a job of its own; returns the seq of the last one, 0 if there is none.
+
+        Raises:
+            As `push`, of the first value that cannot be pushed. Those before it have been.
+        """
+        return self._engine.jobs.publisher(queue).send_many(values)
 
     # --- subscribe -------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from zmqbus.node.events import Event, KeyMismatch, Warned
 from zmqbus.node.peers.hearing import Hearing
 from zmqbus.node.peers.introduction import introduced
 from zmqbus.node.peers.registry import ASK_AGAIN, Registry, Streams
+from zmqbus.node.queues.owner import Owner
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
@@ -53,6 +54,7 @@ class Host(Streams, Protocol):
     """What peering needs of its engine."""
 
     intakes: dict[int, Intake]
+    jobs: Owner
 
     def forwarders_changed(self) -> None:
         """A forwarder came or went, or claims other topics."""
@@ -328,6 +330,8 @@ class Peering:
                 guest = self._guests.pop(next(iter(self._guests)))
                 if self._membership.state(guest) not in (State.SEEN, State.JOINED, State.LOST):
                     self.registry.forget(guest)
+        if body.journal:
+            self._host.jobs.greeted(body.origin, body.journal, body.claims)
         self.inbox.answer(identity, self._introduction(Welcome), command.request)
         self.registry.on_hello(identity, body.origin, command.request, body.subscriptions)
         endpoints = self._candidates(body)

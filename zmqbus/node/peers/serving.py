@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from zmqbus.node.publishing.outlet import Outlet
+from zmqbus.node.queues.owner import Owner
 from zmqbus.node.storing.fetching import FETCH_BYTES
 from zmqbus.node.storing.outbox import Outbox
 from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
-from zmqbus.protocol.commands import HEADS_PER_COMMAND, Command
+from zmqbus.protocol.commands import HEADS_PER_COMMAND, QUEUES_PER_STATISTICS, Command, QueueFigures
 from zmqbus.protocol.frames import SEQ_MAX
 
 TOPICS_PER_STATS = 1000
@@ -37,6 +38,9 @@ class Extension(Protocol):
     def cursors(self) -> list[tuple[str, int, bool]]:
         """Name, offset, and whether somebody reads under it."""
 
+    def queues(self) -> list[QueueFigures]:
+        """What is to be done, by queue and group."""
+
 
 class Service:
     """Answers commands that are not about peering."""
@@ -46,6 +50,7 @@ class Service:
         origin: int,
         outlet: Outlet,
         inbox: Inbox,
+        jobs: Owner,
         counters: Callable[[], Counters],
         extension: Extension | None,
         outbox: Outbox | None,
@@ -54,6 +59,7 @@ class Service:
         self._origin = origin
         self._outlet = outlet
         self._inbox = inbox
+        self._jobs = jobs
         self._counters = counters
         self._extension = extension
         self._outbox = outbox
@@ -65,7 +71,8 @@ class Service:
             case commands.Fetch() if self._from_outbox(identity, command, body):
                 pass
             case commands.Fetch(origin=whose) if whose == self._origin:
-                held = self._outlet.fetch(body.topic, body.first, body.last, min(body.bytes, FETCH_BYTES))
+                first = max(body.first, self._jobs.floor(body.topic, origin))
+                held = self._outlet.fetch(body.topic, first, body.last, min(body.bytes, FETCH_BYTES))
                 self.fetches += 1
                 self.fetch_bytes += sum(map(len, held.parts))
                 answer = commands.Batches(body.topic, body.origin, body.first, held.last)
@@ -78,6 +85,8 @@ class Service:
             case commands.Stats():
                 self._inbox.answer(identity, self._statistics(body), command.request)
             case _ if self._extension is not None and self._extension.serve(self._inbox, identity, origin, command):
+                pass
+            case _ if self._jobs.serve(identity, origin, command):
                 pass
             case commands.Fetch(origin=whose):
                 error = commands.Error("origin", f"this node does not keep messages of {whose:016x}")
@@ -98,4 +107,8 @@ class Service:
     def _statistics(self, body: commands.Stats) -> commands.Statistics:
         topics = self._outlet.topics(body.skip, TOPICS_PER_STATS) if body.topics else []
         cursors = self._extension.cursors()[:HEADS_PER_COMMAND] if self._extension is not None else []
-        return commands.Statistics(self._counters(), topics, len(topics) == TOPICS_PER_STATS, cursors)
+        more = len(topics) == TOPICS_PER_STATS
+        queues = (self._jobs.figures() + (self._extension.queues() if self._extension is not None else []))[
+            :QUEUES_PER_STATISTICS
+        ]
+        return commands.Statistics(self._counters(), topics, more, cursors, queues)

@@ -78,10 +78,10 @@ def watch(out: Accounts, publisher: Publisher, seq: int, tally: Tally) -> bool:
         return out.ledger.suffices(account)
 
 
-def is_claimed(out: Accounts, publisher: Publisher) -> bool:
-    """Whether some forwarder is to acknowledge this stream."""
+def is_kept(out: Accounts, publisher: Publisher) -> bool:
+    """Whether some forwarder is to acknowledge this stream, or workers are to do what is in it."""
     account = out.ledger.accounts.get(publisher.topic)
-    return account is not None and bool(account.claimants)
+    return account is not None and (bool(account.claimants) or account.settled >= 0)
 
 
 def can_be_durable(out: Accounts, publisher: Publisher) -> bool:
@@ -142,7 +142,7 @@ def failure_of_all(out: Accounts, tally: Tally, timeout: float) -> NotDurable:
 def wait_for_room(out: Accounts, publisher: Publisher, timeout: float) -> None:
     """Raises BufferFull if for `timeout` seconds there is none."""
     deadline = now() + timeout
-    while out.history.full and out.refusal is None and is_claimed(out, publisher):
+    while out.history.full and out.refusal is None and is_kept(out, publisher):
         if now() >= deadline:
             raise BufferFull(publisher.topic, out.history.pinned_bytes, timeout)
         sleep(ROOM_POLL)
@@ -195,7 +195,7 @@ def _left(deadline: float, claimed: bool) -> float:
 async def room(out: Accounts, publisher: Publisher, timeout: float) -> None:
     """As `wait_for_room`."""
     deadline = now() + timeout
-    while out.history.full and out.refusal is None and is_claimed(out, publisher):
+    while out.history.full and out.refusal is None and is_kept(out, publisher):
         if now() >= deadline:
             raise BufferFull(publisher.topic, out.history.pinned_bytes, timeout)
         await asyncio.sleep(ROOM_POLL)

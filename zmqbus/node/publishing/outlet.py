@@ -58,6 +58,8 @@ class Outlet:
         """Why nothing more can be published."""
         self.closed = False
         self.outbox: Keeper | None = None
+        self.on_opened: Callable[[Publisher], None] = lambda publisher: None
+        """Told of every new stream, under the lock."""
         self.messages = self.frames = self.bytes = 0
         self.crowded: list[None] = []
         """asyncio: not empty when publishers should let the loop have its turn."""
@@ -72,15 +74,15 @@ class Outlet:
         self._window_frames = 0
         self._tick_messages = 0
 
-    def publisher(self, topic: str) -> Publisher:
-        """The publisher for a topic, made on first use.
+    def publisher(self, topic: str, *, internal: bool = False) -> Publisher:
+        """The publisher for a topic, made on first use; `internal` ones may be reserved topics.
 
         Raises:
             TopicError, TooManyStreams, NodeClosed
         """
         publisher = self.publishers.get(topic)
         if publisher is None:
-            encoded = encode_topic(topic)
+            encoded = encode_topic(topic, internal=internal)
             with self.lock:
                 if self.refusal is not None:
                     raise self.refusal
@@ -90,6 +92,7 @@ class Outlet:
                     publisher = Publisher(self, topic, encoded)
                     self.ledger.opened(topic, publisher.shelf)
                     self.publishers[topic] = publisher
+                    self.on_opened(publisher)
         return publisher
 
     # --- what publishers call, under the lock ------------------------------------------------------

@@ -53,6 +53,13 @@ class Keeper(Protocol):
         """A batch of such a stream was sent."""
 
 
+class Jobs(Protocol):
+    """Gives what is published to workers. Under the lock."""
+
+    def add(self, publisher: Publisher, first: int, count: int, time_ns: int, parts: tuple[bytes, ...]) -> None:
+        """A batch was sent."""
+
+
 class Streams(Protocol):
     """What a publisher needs of its outlet; all but `make_room` under `lock`."""
 
@@ -99,8 +106,11 @@ class Publisher(Ring):
         "_quiet",
         "_size",
         "asks",
+        "flags",
         "full",
+        "jobs",
         "kept",
+        "most",
         "prefix",
         "sent_bytes",
         "seqs",
@@ -115,6 +125,9 @@ class Publisher(Ring):
         self._asked_at = -inf
         self.asks = False  # for an acknowledgement, as soon as what is gathered is sent
         self.kept = False  # in the outbox
+        self.flags = 0  # of every batch: QUEUED, where they are jobs
+        self.jobs: Jobs | None = None  # who gives them out
+        self.most = BATCH_MESSAGES_MAX  # messages in a batch
         self.shelf = Shelf()  # this stream's part of the history
         self.sent_bytes = 0
         self._out = out
@@ -175,7 +188,7 @@ class Publisher(Ring):
             As `send`, of the first value that cannot be published. Those before it have been.
         """
         seq, rest = 0, iter(values)
-        while chunk := list(islice(rest, BATCH_MESSAGES_MAX)):
+        while chunk := list(islice(rest, self.most)):
             try:
                 payload = encode_values(chunk)
             except Exception:  # whatever it is: it is found out below, and told of the value that it concerns
@@ -229,7 +242,7 @@ class Publisher(Ring):
             seq = next(self.seqs)
             if out.pace == EAGER and seq == self.sent + 1:
                 time = time_ns()
-                header = frames.HEADER.pack(frames.VERSION, frames.DATA, 0, 1, out.origin, seq, time)
+                header = frames.HEADER.pack(frames.VERSION, frames.DATA, self.flags, 1, out.origin, seq, time)
                 parts = (self.prefix + header + encode_values((item,)),)
                 out.broadcast.send(parts)
                 self._transmitted(parts, len(parts[0]), 1, time)
@@ -353,7 +366,7 @@ class Publisher(Ring):
         if end > first:
             self._size = 0
             self.clear(first, end)
-            if end == self.full == first + self.room and self.room < BATCH_MESSAGES_MAX:
+            if end == self.full == first + self.room and self.room < self.most:
                 self.grow()  # no slot is being filled now: all below `full` is sent, and others wait for the lock
         if self.full:  # nothing gathers any more when the node is closing: so a thread that publishes on is told
             self.full = end + min(self.room, out.share) if out.refusal is None else 0
@@ -381,6 +394,7 @@ class Publisher(Ring):
     def _transmit(self, flags: int, payload: bytes, first: int, count: int = 1) -> None:
         out = self._out
         time = time_ns()
+        flags |= self.flags
         frame = self.prefix + frames.HEADER.pack(frames.VERSION, frames.DATA, flags, count, out.origin, first, time)
         parts = (frame, payload) if flags & frames.EXTERNAL else (frame + payload,)
         out.broadcast.send(parts)
@@ -395,6 +409,8 @@ class Publisher(Ring):
         out.history.append(self.shelf, first, first + count, parts)
         if self.kept and out.outbox is not None:
             out.outbox.add(self, first, count, time, parts)
+        if self.jobs is not None:
+            self.jobs.add(self, first, count, time, parts)
         if size >= BALLAST_BYTES:
             ballast = (frames.encode_frame(self.prefix, frames.BALLAST, 0, 0, out.origin, 0, time),)
             for _ in range(size // BALLAST_BYTES):

@@ -35,7 +35,7 @@ class Waiter(Protocol):
 class Account:
     """One stream's acknowledgements."""
 
-    __slots__ = ("claimants", "durable", "heads", "holds", "shelf", "topic", "waiting")
+    __slots__ = ("claimants", "durable", "heads", "holds", "settled", "shelf", "topic", "waiting")
 
     def __init__(self, topic: str, shelf: Shelf) -> None:
         self.topic = topic
@@ -43,6 +43,8 @@ class Account:
         self.claimants: set[int] = set()
         self.heads: dict[int, int] = {}  # by journal: all up to this seq is there
         self.holds = 0  # who is about to wait for a message: until it is durable it must not be lost
+        self.settled = -1
+        """Of a queue: everything up to this seq was done by workers. Else -1."""
         self.durable = 0
         """Everything up to this seq is on as many disks as are wanted."""
         self.waiting: list[tuple[int, int, Waiter]] = []  # a heap by seq
@@ -133,6 +135,11 @@ class Ledger:
         account.holds += number
         self._keep(account)
 
+    def settled(self, account: Account, seq: int) -> None:
+        """It is a queue: what is neither done nor acknowledged is kept, and up to this seq it is done."""
+        account.settled = seq
+        self._keep(account)
+
     def suffices(self, account: Account) -> bool:
         """Whether as many journals as are wanted claim the stream."""
         return len(account.claimants) >= self.acks
@@ -156,7 +163,8 @@ class Ledger:
     # --- inside ------------------------------------------------------------------------------------
 
     def _keep(self, account: Account) -> None:
-        self._history.release(account.shelf, account.durable + 1 if account.claimants or account.holds else NOTHING)
+        wanted = account.claimants or account.holds or account.settled >= 0
+        self._history.release(account.shelf, max(account.durable, account.settled) + 1 if wanted else NOTHING)
 
     def _common(self, account: Account) -> int:
         """The seq that as many journals as are wanted have reached."""

@@ -1,0 +1,1 @@
+"""Queues without a forwarder: owners, workers."""

@@ -1,0 +1,1 @@
+"""Queues: jobs given out by their owner, and taken by workers."""

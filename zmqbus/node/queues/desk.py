@@ -1,0 +1,230 @@
+"""Where an owner's workers are served: what they say goes to the dispatcher, what it decides goes to them.
+
+Both owners have one: the publisher, and the forwarder. They add what there is to do, and see to what became of it;
+`on_outcome` is called after each change. On the engine's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from zmqbus.errors import RemoteProtocolError, TopicError
+from zmqbus.net.clock import now
+from zmqbus.protocol import commands
+from zmqbus.protocol.commands import Body, Command, Error, QueueFigures
+from zmqbus.protocol.frames import cut_batch
+from zmqbus.protocol.queues.dispatcher import Dispatcher
+from zmqbus.protocol.queues.work import Delivery, Team
+from zmqbus.protocol.topics import check_pattern
+
+TAKE = 64  # deliveries in a row before other work has its turn
+JOB_BYTES = 1024 * 1024  # of batches in one JOB, unless the first is larger
+WORKERS_MAX = 4096
+GONE = "its worker is gone"
+
+Worker = tuple[int, int]
+"""Origin, and its number there."""
+Jobs = Sequence[tuple[int, int, int]]
+"""Delivery, first and last seq of each."""
+Answer = Callable[[bytes, Body, int, Sequence[bytes]], bool]
+"""Sends to an identity, in answer to a request. False: it cannot be reached."""
+
+
+class Joined(NamedTuple):
+    """A worker."""
+
+    identity: bytes
+    request: int
+    team: Team
+
+
+class Desk:
+    """Serves workers."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, answer: Answer, on_outcome: Callable[[], None]) -> None:
+        self.dispatcher = Dispatcher()
+        self.workers: dict[Worker, Joined] = {}
+        self.settle: Callable[[Joined, commands.Settled], None] = self.say_settled
+        """To be replaced by who has to write it down first."""
+        self._loop = loop
+        self._answer = answer
+        self._on_outcome = on_outcome
+        self._timer: asyncio.TimerHandle | None = None
+        self._soon: asyncio.Handle | None = None
+
+    @property
+    def teams(self) -> set[Team]:
+        """Those that have a worker."""
+        return {joined.team for joined in self.workers.values()}
+
+    # --- what workers say --------------------------------------------------------------------------
+
+    def serve(self, identity: bytes, origin: int, command: Command) -> bool:
+        """A command of a worker. False: it is none."""
+        body = command.body
+        if isinstance(body, commands.Join):
+            self._join(identity, (origin, body.id), command.request, body)
+        elif isinstance(body, commands.Done | commands.Fail | commands.Extend | commands.Leave):
+            worker = (origin, body.id)
+            joined = self.workers.get(worker)
+            if joined is not None and joined.identity == identity:
+                self._hear(worker, joined, body)
+            elif not isinstance(body, commands.Leave):
+                error = Error("worker", f"there is no worker {body.id} of yours: JOIN first")
+                self._answer(identity, error, command.request, ())
+        else:
+            return False
+        return True
+
+    def _hear(self, worker: Worker, joined: Joined, body: Body) -> None:
+        dispatcher, time = self.dispatcher, now()
+        match body:
+            case commands.Done():
+                refused = [job for job in body.done if not dispatcher.done(worker, *job, time)]
+                self._heard(worker, joined, body.credit, body.done, refused)
+            case commands.Fail():
+                refused = [job for job in body.jobs if not self._fail(worker, body, job, time)]
+                self._heard(worker, joined, body.credit, body.jobs, refused)
+            case commands.Extend():
+                dispatcher.extend(worker, body.delivery, body.lease_ms / 1000, time)
+            case commands.Leave():
+                self.leave(worker, None)
+        self.deliver()
+
+    def _fail(self, worker: Worker, body: commands.Fail, job: tuple[int, int, int], time: float) -> bool:
+        match body.how:
+            case "return":
+                return self.dispatcher.give_back(worker, *job, time)
+            case "reject":
+                return self.dispatcher.reject(worker, *job, time, body.reason or "rejected")
+            case _:  # what a later version may say, too: it is not done
+                delay = None if body.delay_ms < 0 else body.delay_ms / 1000
+                return self.dispatcher.fail(worker, *job, time, delay=delay, reason=body.reason or "not done")
+
+    def _heard(
+        self, worker: Worker, joined: Joined, credit: int, jobs: Jobs, refused: list[tuple[int, int, int]]
+    ) -> None:
+        if credit:
+            self.dispatcher.grant(worker, credit)
+        if jobs:
+            self._on_outcome()
+            self.settle(joined, commands.Settled(worker[1], refused))
+
+    def say_settled(self, joined: Joined, settled: commands.Settled) -> None:
+        """Tell a worker."""
+        self._answer(joined.identity, settled, joined.request, ())
+
+    def _join(self, identity: bytes, worker: Worker, request: int, body: commands.Join) -> None:
+        try:
+            for pattern in body.patterns:
+                check_pattern(pattern, internal=True)
+            if not body.patterns:
+                raise TopicError("", "a worker pulls at least one topic or pattern")
+            if len(self.workers) >= WORKERS_MAX and worker not in self.workers:
+                raise TopicError("", f"{WORKERS_MAX} workers are served already")
+        except TopicError as error:
+            self._answer(identity, Error("join", str(error)), request, ())
+            return
+        known = self.workers.get(worker)
+        if known is not None and known.identity != identity:
+            self.leave(worker, GONE)  # it has connected anew, and forgotten what it had
+        self.workers[worker] = Joined(identity, request, team_of(body))
+        self.dispatcher.join(worker, team_of(body), body.lease_ms / 1000, body.credit, now())
+        self.deliver()
+
+    def leave(self, worker: Worker, reason: str | None) -> None:
+        """A worker is no longer there; without a reason, it said so itself."""
+        if self.workers.pop(worker, None) is not None:
+            self.dispatcher.leave(worker, now(), reason)
+            self._on_outcome()
+
+    def lost(self, origin: int) -> None:
+        """All the workers of a node are gone."""
+        gone = [worker for worker in self.workers if worker[0] == origin]
+        for worker in gone:
+            self.leave(worker, GONE)
+        if gone:
+            self.deliver()
+
+    # --- what they are sent ------------------------------------------------------------------------
+
+    def deliver(self) -> None:
+        """Send what may be sent, and see to the next time."""
+        deliveries = self.dispatcher.take(now(), TAKE)
+        by_worker: dict[Worker, list[Delivery]] = {}
+        for delivery in deliveries:
+            worker: Worker = delivery.worker  # type: ignore[assignment]  # ours
+            by_worker.setdefault(worker, []).append(delivery)
+        for worker, theirs in by_worker.items():
+            self._send(worker, theirs)
+        if len(deliveries) == TAKE and self._soon is None:
+            self._soon = self._loop.call_soon(self._go_on)
+        if self._timer is not None:
+            self._timer.cancel()
+        due = self.dispatcher.next_timer()
+        self._timer = None if due is None else self._loop.call_later(max(0.0, due - now()), self._tick)
+
+    def _go_on(self) -> None:
+        self._soon = None
+        self.deliver()
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.dispatcher.tick(now())
+        self._on_outcome()
+        self.deliver()
+
+    def _send(self, worker: Worker, deliveries: list[Delivery]) -> None:
+        joined = self.workers[worker]
+        entries: list[tuple[int, int]] = []
+        parts: list[bytes] = []
+        size = 0
+        for at, delivery in enumerate(deliveries):
+            try:
+                batch = cut_batch(delivery.work.batch, delivery.first, delivery.last)
+            except RemoteProtocolError as error:  # whoever sent it: nobody can do it
+                self.dispatcher.reject(worker, delivery.number, delivery.first, delivery.last, now(), str(error))
+                self._loop.call_soon(self._on_outcome)
+                continue
+            entries.append((delivery.number, delivery.attempt))
+            parts += batch.parts
+            size += batch.size
+            if size >= JOB_BYTES or at == len(deliveries) - 1:
+                if not self._answer(joined.identity, commands.Job(worker[1], entries), joined.request, parts):
+                    # It reads nothing, or is no longer there: should it be back, it is told to JOIN again.
+                    self.leave(worker, None)
+                    return
+                entries, parts, size = [], [], 0
+
+    # --- the rest ----------------------------------------------------------------------------------
+
+    def figures(self) -> list[QueueFigures]:
+        """For STATISTICS."""
+        return [
+            QueueFigures(
+                topic=figures.line[1],
+                group=(figures.line[0] or "").partition(" ")[0],
+                waiting=figures.waiting,
+                in_flight=figures.in_flight,
+                delayed=figures.delayed,
+                redelivered=figures.redelivered,
+                done=figures.done,
+                dead=figures.dead,
+                workers=figures.workers,
+                oldest_ns=figures.oldest.batch.time_ns if figures.oldest is not None else 0,
+            )
+            for figures in self.dispatcher.figures(now())
+        ]
+
+    def close(self) -> None:
+        """Nothing is sent any more."""
+        for handle in (self._timer, self._soon):
+            if handle is not None:
+                handle.cancel()
+
+
+def team_of(body: commands.Join) -> Team:
+    """Who pulls the same by the same name. The name has the patterns in it: of others it would be another's share."""
+    return Team(" ".join((body.group, *body.patterns)), tuple(body.patterns))
