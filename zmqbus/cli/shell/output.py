@@ -42,6 +42,16 @@ def colored() -> bool:
     return on_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
+def reader_has_left() -> bool:
+    """Whether nobody reads standard output any more: it is a pipe, and its other end is closed."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # it is no file
+        return False
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
 def plural(n: int, noun: str) -> str:
     """`1 message`, `1,204 messages`."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
