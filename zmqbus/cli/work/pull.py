@@ -140,8 +140,8 @@ def pull(
     """Be a worker of a queue: print its jobs, or run a command for each.
 
     QUEUE is a topic or a pattern. What is pushed there goes to one worker of all; what is published there, to one of
-    each group. A job is done when it is printed, or when its command exits with 0; with 65 it becomes a dead letter, and
-    otherwise it is tried again, later.
+    each group. A job is done when it is printed, or when its command exits with 0; when that exits with 65, it becomes
+    a dead letter, and otherwise it is tried again, later.
 
     \b
     Examples:

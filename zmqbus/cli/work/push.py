@@ -6,106 +6,24 @@ until workers have done all of them; what they gave up has no other place either
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from zmqbus.cli import shell
-from zmqbus.cli.pubsub.confirming import CONFIRM, CONFIRM_STOPPED, LOOK, PATIENT, Durably, leave
+from zmqbus.cli.pubsub.confirming import CONFIRM, CONFIRM_STOPPED, Durably, leave
 from zmqbus.cli.shell import remark, stopping
-from zmqbus.cli.shell.bus import Bus, Duration, Rate, Watch, Whole
+from zmqbus.cli.shell.bus import Bus, Duration, Rate, Whole
 from zmqbus.cli.shell.input import paced, parse_headers, values_of
-from zmqbus.cli.shell.output import plural
+from zmqbus.cli.work.pushing import Jobs
 from zmqbus.errors import BufferFull, NotDurable
-from zmqbus.net.clock import now, sleep
 from zmqbus.protocol.topics import encode_topic
 
 if TYPE_CHECKING:
-    from zmqbus.node.events import Undelivered
     from zmqbus.node.faces.node import Node
 
 
 STOPPED = 0.5  # seconds that workers have for what they are at, when the command is asked to stop
-
-
-class Jobs:
-    """What is pushed on one queue, and what has become of it as of the last look."""
-
-    def __init__(self, node: Node, watch: Watch, queue: str, timeout: float | None) -> None:
-        """`timeout`: seconds that a wait for workers, or for room, may last; None: no limit."""
-        self._node = node
-        self._watch = watch
-        self._queue = queue
-        self._timeout = inf if timeout is None else timeout
-        self._pushed = 0
-        self._held = self._unacked = 0  # by this process, and on their way to a forwarder
-        self._done = self._given_up = self._workers = 0  # what became of those that were held here
-
-    def push(self, value: Any, headers: dict[str, str] | None, delay: float | None) -> None:
-        """One value. Raises BufferFull, if there was no room in time."""
-        until = now() + self._timeout
-        while True:
-            try:
-                patience = max(0.0, min(until - now(), stopping.PEEK))
-                self._node.push(self._queue, value, headers=headers, delay=delay, timeout=patience)
-                self._pushed += 1
-                return
-            except BufferFull:
-                stopping.check()
-                self._watch.poll()
-                if now() >= until:
-                    raise
-
-    def settle(self, patience: float | None = None) -> bool:
-        """Until nothing is left: all is done, or a forwarder has it. False: that was not so in time.
-
-        `patience`: in place of the timeout, and not to be interrupted.
-        """
-        until = now() + (self._timeout if patience is None else patience)
-        said_at = now() + PATIENT
-        while self._look():
-            self._watch.poll()
-            if now() >= until:
-                return False
-            if now() >= said_at:
-                said_at = inf
-                nobody = "" if self._workers or not self._held else f", but nobody pulls {self._queue}"
-                remark(f"waiting for {plural(self._held + self._unacked, 'job')} to be done{nobody}; Ctrl-C ends")
-            if patience is None:
-                stopping.check()
-            sleep(LOOK)
-        return True
-
-    def _look(self) -> int:
-        from zmqbus.node.faces.asking import own_queues
-
-        figures = [one for one in own_queues(self._node) if one.topic == self._queue and not one.group]
-        self._held = sum(one.waiting + one.in_flight + one.delayed for one in figures)
-        self._done = sum(one.done for one in figures)
-        self._given_up = sum(one.dead for one in figures)
-        self._workers = sum(one.workers for one in figures)
-        self._unacked = int(self._node.statistics()["messages_unacked"])
-        return self._held + self._unacked
-
-    def report(self, late: Sequence[Undelivered]) -> tuple[str, bool]:
-        """What became of all that, when the node was closed, and whether it is as it should be."""
-        held = sum(one.unacked for one in late if one.peer == f"queue {self._queue}")
-        unacked = sum(one.unacked for one in late if one.peer == "forwarder")
-        text = f"pushed {plural(self._pushed, 'job')} on {self._queue}"
-        if held or unacked:
-            lost = f"{held:,} not done, and held by nobody from now on" if held else ""
-            unknown = f"{unacked:,} not known to be on a forwarder's disk" if unacked else ""
-            return "; ".join(filter(None, (text, lost, unknown))), False
-        done = self._done + self._held  # since the last look
-        facts = {
-            "done": done,
-            "given up by workers, and kept by nobody": self._given_up,
-            "on a forwarder's disk": self._pushed - done - self._given_up,
-        }
-        told = [f"{'all' if n == self._pushed > 1 else f'{n:,}'} {what}" for what, n in facts.items() if n > 0]
-        return ", ".join([text, *told]), not self._given_up
 
 
 @click.command()
@@ -177,7 +95,8 @@ def push(
         finally:
             if settled is None:
                 jobs.settle(STOPPED)
-            code = _leave(node, jobs, CONFIRM if settled else CONFIRM_STOPPED, failed, quiet)
+            patience = CONFIRM if settled and not jobs.given_up else CONFIRM_STOPPED
+            code = _leave(node, jobs, patience, failed, quiet)
             watch.poll()
     return code
 

@@ -8,6 +8,7 @@ Rule 2: a command that cannot be run at all (126 and 127, as shells have it) end
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import signal
@@ -94,9 +95,7 @@ class Runner:
             stopping.check()
         if self._stop and self._running and not self._said:
             self._said = True
-            remark(
-                f"waiting for {plural(len(self._running), 'job')} that {'is' if len(self._running) == 1 else 'are'} being done; Ctrl-C ends that, too"
-            )
+            remark(f"waiting for the end of what runs ({plural(len(self._running), 'job')}); Ctrl-C ends that as well")
 
     def _give_up(self, trouble: Exception) -> None:
         """Take no more, and raise this in the end."""
@@ -138,15 +137,21 @@ class Runner:
                 env=os.environ | about(job),
                 process_group=0,
             )
-        except (ValueError, OSError) as error:  # a zero byte, or too long for an argument
-            job.reject(
-                f"it cannot be an argument of the command ({error}): have it read standard input, without {PLACE}"
-            )
-            self._rejected += 1
+        except (ValueError, OSError) as error:
+            self._no_process(job, error)
             return
         one = Running(job, process, now() + self._lease / RENEW)
         self._running.add(one)
         Thread(target=self._attend, args=(one, given), name="zmqbus job", daemon=True).start()
+
+    def _no_process(self, job: Job, error: Exception) -> None:
+        if isinstance(error, OSError) and error.errno != errno.E2BIG:  # no memory, too many processes
+            give_back(job)
+            self._returned += 1
+            self._give_up(error)
+        else:  # it has a zero byte in it, or is too long
+            job.reject(f"the value cannot be an argument ({error}): have the command read its standard input")
+            self._rejected += 1
 
     def _attend(self, one: Running, given: bytes | None) -> None:
         one.process.communicate(given)
