@@ -84,6 +84,7 @@ class AsyncNode:
         )
         self._crowded: list[None] = []
         self._publishers: dict[str, Publisher] = {}
+        self._queues: set[str] = set()
         self._opened: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -214,7 +215,9 @@ class AsyncNode:
         timeout: float | None = None,
     ) -> int:
         """See `Node.push`."""
-        self._at_home().jobs.publisher(queue)
+        if queue not in self._queues:
+            self._at_home().jobs.publisher(queue)
+            self._queues.add(queue)
         if delay is not None:
             headers = delayed(headers, delay)
         return await self.publish(queue, value, headers=headers, durable=durable, timeout=timeout)

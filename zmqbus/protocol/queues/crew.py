@@ -89,7 +89,9 @@ class Crew:
         """It was given something: its next turn comes behind all others'."""
         member.turn = next(self._turns)
         self._free.move_to_end(member)
-        self.place(member)
+        self._idle.pop(member, None)
+        if member.alone or member.granted == member.sent:
+            del self._free[member]
 
     def remove(self, member: Member) -> None:
         """It is not able to take anything."""

@@ -130,19 +130,8 @@ class Dispatcher:
             self.finished.append(work)
             return
         line.works[work] = None
-        runs: dict[tuple[int, float], int] = defaultdict(int)
-        for index in {*work.attempts, *due}:
-            attempt, then = work.attempts.get(index, 0), due.get(index, 0.0)
-            if todo >> index & 1 and (attempt or then > now):
-                runs[attempt, then if then > now else 0.0] |= 1 << index
-        for (attempt, then), bits in sorted(runs.items()):
-            todo ^= bits
-            if line.limited and attempt >= self._attempts_max:
-                self._die(line, Run(work, bits, attempt), USED_UP)
-            elif then:
-                self._delay(line, Run(work, bits, attempt), then)
-            else:
-                self._wait(line, Run(work, bits, attempt))
+        if work.attempts or due:
+            todo = self._add_tried(line, work, todo, now, due)
         if todo and line.limited and self._attempts_max == 1:
             self._wait(line, Run(work, todo, 0))
         elif todo:
@@ -169,15 +158,20 @@ class Dispatcher:
             found.drop(origin, gone)
         return works[::-1]
 
-    def forget(self, name: Line) -> None:
-        """Drop all that waits in a line of which nothing is with a worker."""
-        line = self._lines.pop(name, None)
-        if line is not None:
-            for due, key, _ in [entry for entry in self._delays.entries() if entry[2].work.line == name]:
+    def forget(self, line: Line) -> None:
+        """There is to be no such line. What workers have of it is not theirs any more, and nothing of it is finished."""
+        found = self._lines.pop(line, None)
+        if found is None:
+            return
+        for due, key, run in list(self._delays.entries()):
+            if run.work.line == line:
                 self._delays.remove(due, key)
-            for crew in self._pulled_by.pop(line):
-                crew.ready.pop(line, None)
-                crew.last.pop(line, None)
+        for crew in self._pulled_by.pop(found):
+            crew.ready.pop(found, None)
+            crew.last.pop(found, None)
+        for member in self._members.values():
+            for delivery in [delivery for delivery in member.held.values() if delivery.work.line == line]:
+                self._take_away(member, delivery, delivery.todo)
 
     # --- what workers say ------------------------------------------------------------------------
 
@@ -206,6 +200,8 @@ class Dispatcher:
         answered, whole = self._answered(worker, number, first, last)
         if answered is not None:
             answered.attempt -= 1
+            if answered.work.attempts:  # where the lease had run out it was counted already
+                _count(answered)
             self._wait(self._lines[answered.work.line], answered)
         return whole
 
@@ -293,8 +289,9 @@ class Dispatcher:
         """Its dead letter is kept: now the message is settled."""
         work = dead.work
         bits = 1 << dead.seq - work.batch.first
-        if not work.done & bits:
-            self._settle(self._lines[work.line], work, bits)
+        line = self._lines.get(work.line)
+        if line is not None and work in line.works:
+            self._settle(line, work, bits)
 
     def figures(self, now: float) -> list[Figures]:
         """Of each line."""
@@ -374,28 +371,49 @@ class Dispatcher:
         work = delivery.work
         low, high = max(first, delivery.first), min(last, delivery.last)
         bits = delivery.todo & ones(high - low + 1) << low - work.batch.first if low <= high else 0
-        delivery.todo ^= bits
         count = bits.bit_count()
         line = self._lines[work.line]
         if delivery.live:
             line.in_flight -= count
-            member.hand -= count
-            if not delivery.todo:
-                self._leases.remove(delivery.deadline, number)
-                member.alone = False
         else:
             line.waiting -= count
-        if not delivery.todo:
-            del member.held[number]
+        self._take_away(member, delivery, bits)
         self._heard(member)
         return Run(work, bits, delivery.attempt) if bits else None, count > 0 and count == last - first + 1
 
+    def _take_away(self, member: Member, delivery: Delivery, bits: int) -> None:
+        """Something of a delivery is not the worker's business any more."""
+        delivery.todo ^= bits
+        if delivery.live:
+            member.hand -= bits.bit_count()
+            if not delivery.todo:
+                self._leases.remove(delivery.deadline, delivery.number)
+                member.alone = False
+        if not delivery.todo:
+            del member.held[delivery.number]
+        member.crew.place(member)
+
+    def _add_tried(self, line: Waiting, work: Work, todo: int, now: float, due: Mapping[int, float]) -> int:
+        """Of what is to be done take in what has been tried, or is not due yet. The rest is fresh."""
+        runs: dict[tuple[int, float], int] = defaultdict(int)
+        for index in {*work.attempts, *due}:
+            attempt, then = work.attempts.get(index, 0), due.get(index, now)
+            if todo >> index & 1 and (attempt or then > now):
+                runs[attempt, max(then, now)] |= 1 << index
+        for (attempt, then), bits in sorted(runs.items()):
+            todo ^= bits
+            run = Run(work, bits, attempt)
+            if line.limited and attempt >= self._attempts_max:
+                self._die(line, run, USED_UP)
+            elif then > now:
+                self._delay(line, run, then)
+            else:
+                self._wait(line, run)
+        return todo
+
     def _failed(self, line: Waiting, run: Run, reason: str, due: float = 0.0) -> None:
         """Attempt number `run.attempt` was in vain: once more, not before `due`, or never."""
-        work = run.work
-        if work.attempts is NO_ATTEMPTS:
-            work.attempts = {}
-        work.attempts.update(dict.fromkeys(indexes(run.todo), run.attempt))
+        _count(run)
         if line.limited and run.attempt >= self._attempts_max:
             self._die(line, run, reason)
         elif due:
@@ -440,6 +458,18 @@ class Dispatcher:
         if work.done.bit_count() == work.batch.count:
             del line.works[work]
             self.finished.append(work)
+
+
+def _count(run: Run) -> None:
+    """Note in the work how many attempts count against these messages."""
+    work = run.work
+    if work.attempts is NO_ATTEMPTS:
+        work.attempts = {}
+    for index in indexes(run.todo):
+        if run.attempt:
+            work.attempts[index] = run.attempt
+        else:
+            work.attempts.pop(index, None)
 
 
 def _back_off(attempt: int) -> float:
