@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DecodeError,
         ForkedProcess,
         GapError,
+        JobSettled,
         JournalCorrupt,
         JournalError,
         JournalFailed,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         NodeClosed,
         NoSpace,
         NotDurable,
+        NotSettled,
         RemoteProtocolError,
         SetupError,
         SubscriptionTaken,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
         EventStream,
         ForwarderDown,
         ForwarderUp,
+        JobRefused,
         KeyMismatch,
         LogGap,
         TopicInfo,
@@ -58,9 +61,12 @@ if TYPE_CHECKING:
     )
     from zmqbus.node.faces.aio import AsyncNode, AsyncPublisher
     from zmqbus.node.faces.aio_subscription import AsyncSubscription
+    from zmqbus.node.faces.aio_worker import AsyncWorker
     from zmqbus.node.faces.node import Node
     from zmqbus.node.faces.subscription import Subscription
+    from zmqbus.node.faces.worker import Worker
     from zmqbus.node.publishing.publisher import Publisher
+    from zmqbus.node.queues.job import Job
     from zmqbus.node.receiving.replay import Position
     from zmqbus.protocol.members.peers import DuplicateName, Peer, PeerJoined, PeerLeft
     from zmqbus.protocol.message import Message
@@ -72,6 +78,7 @@ _HOMES = {
     "AsyncNode": "node.faces.aio",
     "AsyncPublisher": "node.faces.aio",
     "AsyncSubscription": "node.faces.aio_subscription",
+    "AsyncWorker": "node.faces.aio_worker",
     "AuthError": "errors",
     "BufferFull": "errors",
     "BusKey": "net.keys",
@@ -86,6 +93,9 @@ _HOMES = {
     "ForwarderUp": "node.events",
     "Gap": "protocol.streams.stream",
     "GapError": "errors",
+    "Job": "node.queues.job",
+    "JobRefused": "node.events",
+    "JobSettled": "errors",
     "JournalCorrupt": "errors",
     "JournalError": "errors",
     "JournalFailed": "errors",
@@ -103,6 +113,7 @@ _HOMES = {
     "Node": "node.faces.node",
     "NodeClosed": "errors",
     "NotDurable": "errors",
+    "NotSettled": "errors",
     "Peer": "protocol.members.peers",
     "PeerJoined": "protocol.members.peers",
     "PeerLeft": "protocol.members.peers",
@@ -119,6 +130,7 @@ _HOMES = {
     "UnsupportedValue": "errors",
     "WaitTimeout": "errors",
     "Warned": "node.events",
+    "Worker": "node.faces.worker",
     "WrongLoop": "errors",
     "ZmqbusError": "errors",
 }
@@ -128,6 +140,7 @@ __all__ = [
     "AsyncNode",
     "AsyncPublisher",
     "AsyncSubscription",
+    "AsyncWorker",
     "AuthError",
     "BufferFull",
     "BusKey",
@@ -142,6 +155,9 @@ __all__ = [
     "ForwarderUp",
     "Gap",
     "GapError",
+    "Job",
+    "JobRefused",
+    "JobSettled",
     "JournalCorrupt",
     "JournalError",
     "JournalFailed",
@@ -159,6 +175,7 @@ __all__ = [
     "Node",
     "NodeClosed",
     "NotDurable",
+    "NotSettled",
     "Peer",
     "PeerJoined",
     "PeerLeft",
@@ -175,6 +192,7 @@ __all__ = [
     "UnsupportedValue",
     "WaitTimeout",
     "Warned",
+    "Worker",
     "WrongLoop",
     "ZmqbusError",
     "__version__",

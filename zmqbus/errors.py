@@ -55,6 +55,16 @@ class NodeClosed(ZmqbusError):
     """The node or subscription was used after `close()`."""
 
 
+class JobSettled(ZmqbusError):
+    """A job was acknowledged, or given up, a second time. The first stands. `topic`, `origin` and `seq` name it."""
+
+    def __init__(self, topic: str, origin: int, seq: int) -> None:
+        super().__init__(f"job {topic} {origin:016x}#{seq} is settled already: ack, nack or reject it once")
+        self.topic = topic
+        self.origin = origin
+        self.seq = seq
+
+
 class WrongLoop(ZmqbusError, RuntimeError):
     """An AsyncNode, or what it handed out, was used on another event loop than the one it was opened on."""
 
@@ -226,6 +236,16 @@ class NotDurable(ZmqbusError):
         super().__init__(f"{what} not known to be on a forwarder's disk: {reason}")
         self.unacked = unacked
         self.seq = seq
+        self.reason = reason
+
+
+class NotSettled(ZmqbusError):
+    """Acknowledged jobs are not known to be settled with their owners, `unsettled` of them. They may be; those that are
+    not are given to a worker again."""
+
+    def __init__(self, unsettled: int, reason: str) -> None:
+        super().__init__(f"{unsettled:,} acknowledged job(s) are not known to be settled: {reason}")
+        self.unsettled = unsettled
         self.reason = reason
 
 

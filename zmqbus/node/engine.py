@@ -40,6 +40,7 @@ from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
 from zmqbus.node.queues.owner import Owner
+from zmqbus.node.queues.workers import Workers
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.receiving.repairs import fetch_all
@@ -49,7 +50,7 @@ from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Body, Command
-from zmqbus.protocol.members.peers import Peer, PeerLeft
+from zmqbus.protocol.members.peers import Peer, PeerJoined, PeerLeft
 from zmqbus.protocol.streams.history import History
 from zmqbus.protocol.streams.stream import Fetch, Gap
 from zmqbus.protocol.streams.tracking import Tracker
@@ -84,15 +85,13 @@ class Engine:
         self.intakes: dict[int, Intake] = {}
         self.refusal: ZmqbusError | None = NodeClosed(f"node {config.name!r} is not open")
         self.replays = Replays(self, loop)
+        self.workers = Workers(self, loop)
         self.on_link_lost: list[Callable[[int], None]] = []
         """Told of a peer, by origin, to which a guarded link was lost: what was in flight, either way, may be lost.
-
-        More is not known: the peer may be dead, or there again in a moment, and then it is as if nothing had been."""
+        It may be dead, or there again in a moment, and then it is as if nothing had been."""
         self._loop = loop
         self._in_turns = in_turns
         self._extension = extension
-        self.local: Callable[[Command], None] = lambda command: None
-        """Takes what our own workers are sent."""
         self._forwarders: tuple[tuple[int, Callable[[str], bool]], ...] = ()  # origin, and whether it claims a topic
         self._factory = SocketFactory(config.key)
         self._zap: ZapHandler | None = None
@@ -138,7 +137,7 @@ class Engine:
         self.outlet = Outlet(broadcast, self.origin, history, config.acks, self._start_ticking, self._in_turns)
         gives_out = config.outbox is None and self._extension is None
         self.jobs = Owner(self, self._loop, gives_out)
-        self.on_link_lost.append(self.jobs.lost)
+        self.on_link_lost += (self.jobs.lost, self.workers.lost)
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
             await strangers_are_refused(
@@ -193,9 +192,8 @@ class Engine:
         try:
             while not outlet.push() and now() < deadline:
                 await asyncio.sleep(TICK)
-            while (self._forwarders or self._outbox is not None) and unacked(outlet) and now() < deadline:
-                await asyncio.sleep(TICK)
-            while self.jobs.left and now() < deadline:
+            await self.workers.leave(max(0.0, deadline - now()))
+            while (self.jobs.left or ((self._forwarders or self._outbox) and unacked(outlet))) and now() < deadline:
                 await asyncio.sleep(TICK)
             await self.replays.leave(self.refusal, max(0.0, deadline - now()))
             late = await self.peering.leave(max(0.0, deadline - now()))
@@ -207,6 +205,7 @@ class Engine:
             for intake in list(self.intakes.values()):
                 intake.close(self.refusal)
             self.replays.end(self.refusal)
+            self.workers.end()
             await self._shut()
             for listener in self._listeners.present:
                 listener.close()
@@ -245,6 +244,7 @@ class Engine:
         for intake in self.intakes.values():
             intake.forked(self.refusal)
         self.replays.forked(self.refusal)
+        self.workers.forked(self.refusal)
 
     # --- timers ----------------------------------------------------------------------------------
 
@@ -378,7 +378,7 @@ class Engine:
     def answer(self, identity: bytes, body: Body, request: int, parts: Sequence[bytes]) -> bool:
         """Send to whoever asked; b"" is one of our own workers."""
         if not identity:
-            self._loop.call_soon(self.local, Command(request, body, list(parts)))
+            self._loop.call_soon(self.workers.local, Command(request, body, list(parts)))
             return True
         return self._inbox is not None and self._inbox.answer(identity, body, request, parts)
 
@@ -425,6 +425,10 @@ class Engine:
         """A command that is not about peering."""
         self._service.serve(identity, origin, command)
 
+    def introduced(self, origin: int) -> None:
+        """A peer answered HELLO."""
+        self.workers.attend(origin)
+
     def guard(self, origin: int) -> bool:
         """Have `on_link_lost` told of this peer from now on, until its link is lost for good: ask for it each time that
         something depends on it. False: nothing can be sent to that peer now."""
@@ -465,7 +469,7 @@ class Engine:
 
     def counters(self) -> dict[str, int | float]:
         """Counters since start."""
-        own = count(self.outlet, self.intakes.values(), self.replays, self._service)
+        own = count(self.outlet, self.intakes.values(), self.replays, self.workers, self._service)
         more = self._outbox.counters() if self._outbox is not None else {}
         return {"peers": len(self.peering.peers()), **own, "warnings": self._warnings, **more}
 
@@ -487,7 +491,10 @@ class Engine:
     def emit(self, event: Event) -> None:
         """Tell every listener."""
         self._listeners.emit(event)
-        if isinstance(event, PeerLeft):
+        if isinstance(event, PeerJoined):
+            self.workers.attend(event.peer.origin)
+        elif isinstance(event, PeerLeft):
+            self.workers.left(event.peer.origin)
             self.jobs.left_by(event.peer.origin)
             if self._extension is not None:
                 self._extension.left(event.peer.origin)

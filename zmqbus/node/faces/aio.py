@@ -24,6 +24,7 @@ from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import AsyncEventStream, TopicInfo, Undelivered
 from zmqbus.node.faces.aio_subscription import AsyncLogSubscription, AsyncSubscription
+from zmqbus.node.faces.aio_worker import AsyncWorker
 from zmqbus.node.faces.node import CLOSE_TIMEOUT, NOT_LIVE
 from zmqbus.node.publishing import durability
 from zmqbus.node.publishing.durability import room
@@ -244,6 +245,21 @@ class AsyncNode:
         if history or observe:
             raise SetupError(NOT_LIVE)
         return AsyncLogSubscription(self, patterns, type, start, durable, on_gap)
+
+    # --- queues ----------------------------------------------------------------------------------
+
+    def pull(
+        self,
+        queue: str,
+        *,
+        group: str = "workers",
+        credit: int | None = None,
+        lease: float = 30.0,
+        type: Any = None,
+        start: str | int | datetime | None = None,
+    ) -> AsyncWorker:
+        """See `Node.pull`; the result can be iterated, entered, or awaited."""
+        return AsyncWorker(self, queue, group, credit, lease, type, start)
 
     # --- the bus ---------------------------------------------------------------------------------
 

@@ -62,6 +62,9 @@ class Host(Streams, Protocol):
     def emit(self, event: Event) -> None:
         """Something happened."""
 
+    def introduced(self, origin: int) -> None:
+        """A peer answered HELLO: it can be asked for things, perhaps once more."""
+
     def serve(self, identity: bytes, origin: int, command: Command) -> None:
         """A command of a peer that is not about peering."""
 
@@ -310,6 +313,7 @@ class Peering:
         self._perform(outputs)
         if link.origin is not None:
             self.registry.introduced(link)
+            self._host.introduced(link.origin)
             if body.journal:
                 self._host.forwarders_changed()  # what is read there may have to be asked for again
         self._hints(body)
