@@ -7,34 +7,28 @@ back. Who wants to see them at the same moment does not.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from zmqbus.cli import shell
 from zmqbus.cli.messages.forms import moment, rfc3339, value_to_json
-from zmqbus.cli.shell import remark, stopping
-from zmqbus.cli.shell.bus import SETTLE, Bus, Duration, Watch, Whole, settle
+from zmqbus.cli.shell import remark
+from zmqbus.cli.shell.bus import SETTLE, Bus, Duration, Whole, settle
 from zmqbus.cli.shell.output import Column, on_terminal, plural, show_table
+from zmqbus.cli.work.letters import Letters, attempts_of, name_of, own_headers, reason_of
 from zmqbus.cli.work.pushing import Jobs
-from zmqbus.cli.work.settling import give_back, unconfirmed
 from zmqbus.net.clock import now
-from zmqbus.protocol import commands
-from zmqbus.protocol.queues.letters import ATTEMPTS, DEAD_PREFIX, ORIGIN, REASON, SEQ
+from zmqbus.protocol.queues.letters import ATTEMPTS, ORIGIN, REASON, SEQ
 from zmqbus.protocol.topics import encode_topic
 
 if TYPE_CHECKING:
     from zmqbus.node.faces.node import Node
     from zmqbus.node.queues.job import Job
 
-GROUP = "dead"
-ANSWER = 2.0  # seconds that each node has to say how many there are
-QUIET = 1.0  # seconds without a letter after which there are no more
-LEASE = 60.0  # seconds that letters are held without a word
-RENEW = 20.0
 AT_A_TIME = 10_000  # letters held; they may be large
 SHOWN = 100
 """Letters that are listed, unless more are asked for."""
@@ -48,85 +42,6 @@ _COLUMNS = (
     Column("reason"),
     Column("value"),
 )
-
-
-# --- letters -----------------------------------------------------------------------------------
-
-
-def name_of(letter: Job) -> str:
-    """Origin and seq of the job that died, as `tap` shows them."""
-    headers = letter.headers or {}
-    origin, seq = headers.get(ORIGIN), headers.get(SEQ)
-    return f"{origin:016x}#{seq}" if isinstance(origin, int) and isinstance(seq, int) else f"?#{letter.seq}"
-
-
-def own_headers(letter: Job) -> dict[str, Any]:
-    """What it had when it was alive."""
-    return {key: value for key, value in (letter.headers or {}).items() if not key.startswith("$")}
-
-
-class Letters:
-    """The dead letters of one queue, as a worker takes them. What is not settled by then goes back in the end."""
-
-    def __init__(self, node: Node, watch: Watch, queue: str, most: int) -> None:
-        """`most`: to be held at a time."""
-        self.there = _number(node, DEAD_PREFIX + queue)
-        """As their owners say."""
-        self.came = 0
-        self._watch = watch
-        self._worker = node.pull(DEAD_PREFIX + queue, group=GROUP, credit=most, lease=LEASE)
-        self._held: list[Job] = []
-        self._quiet_at = now() + QUIET
-        self._renew_at = now() + RENEW
-
-    def __enter__(self) -> Letters:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for letter in self._held:
-            if not letter.settled:
-                give_back(letter)
-        if unsure := unconfirmed(self._worker):
-            remark(unsure.removeprefix("; "))
-        self._worker.close()
-
-    @property
-    def over(self) -> bool:
-        """Whether no more will come, as it seems."""
-        return now() >= self._quiet_at
-
-    def __iter__(self) -> Iterator[Job]:
-        while self.came < self.there and not self.over:
-            if (letter := self.get(stopping.PEEK)) is not None:
-                yield letter
-
-    def get(self, timeout: float) -> Job | None:
-        """One more, if it comes within this time."""
-        stopping.check()
-        self._watch.poll()
-        if now() >= self._renew_at:
-            self._renew_at = now() + RENEW
-            self._held = [letter for letter in self._held if not letter.settled]
-            for letter in self._held:
-                letter.extend(LEASE)
-        if (found := self._worker.get(timeout)) is not None:
-            self._quiet_at = now() + QUIET
-            self._held.append(found)
-            self.came += 1
-        return found
-
-
-def _number(node: Node, topic: str) -> int:
-    from zmqbus.cli.messages.render import escape
-    from zmqbus.node.faces.asking import ask
-
-    peers = {peer.origin: peer for peer in node.peers()}
-    answers = ask(node, {origin: commands.Stats() for origin in peers}, ANSWER)
-    for origin in peers.keys() - answers.keys():
-        remark(f"{escape(peers[origin].name)} did not say within {ANSWER:g} s what it has")
-    told = [answer.queues for answer in answers.values() if isinstance(answer, commands.Statistics)]
-    figures = [one for queues in told for one in queues if one.topic == topic and not one.group]
-    return sum(one.waiting + one.in_flight + one.delayed for one in figures)
 
 
 def _none(bus: Bus, queue: str, names: Sequence[str]) -> int:
@@ -173,7 +88,7 @@ def ls(bus: Bus, queue: str, count: int, as_json: bool, wait: float) -> int:
     with bus.join("dead") as (node, watch):
         settle(node, watch, wait)
         with Letters(node, watch, queue, count) as letters:
-            found = list(islice(letters, count))
+            found = sorted(islice(letters, count), key=_age)
             if as_json:
                 for letter in found:
                     click.echo(_json(queue, letter))
@@ -200,7 +115,7 @@ def show(bus: Bus, queue: str, names: tuple[str, ...], as_json: bool, wait: floa
     with bus.join("dead") as (node, watch):
         settle(node, watch, wait)
         with Letters(node, watch, queue, AT_A_TIME) as letters:
-            for letter in letters:
+            for letter in sorted(letters, key=_age):
                 if not names or name_of(letter) in names:
                     found += 1
                     click.echo(_json(queue, letter) if as_json else _whole(letter))
@@ -264,7 +179,7 @@ class Retrying:
             self.failed += 1
             again = self._waiting.pop(headers.get(SEQ, 0), None)
             if again is not None:
-                remark(f"{name_of(again)} failed again: {_reason(letter)}")
+                remark(f"{name_of(again)} failed again: {reason_of(letter)}")
             letter.ack()
         elif not self._names or name_of(letter) in self._names:
             self.chosen += 1
@@ -317,18 +232,14 @@ def purge(bus: Bus, queue: str, names: tuple[str, ...], yes: bool, wait: float) 
 # --- forms -------------------------------------------------------------------------------------
 
 
-def _reason(letter: Job) -> str:
-    from zmqbus.cli.messages.render import compact
-
-    return compact((letter.headers or {}).get(REASON, ""))
+def _age(letter: Job) -> tuple[float, int, int]:
+    return letter.time, letter.origin, letter.seq
 
 
 def _cells(letter: Job, value: str) -> list[str]:
-    from zmqbus.cli.messages.render import compact
 
-    attempts = compact((letter.headers or {}).get(ATTEMPTS, "?"))
     died = moment(letter.time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    return [name_of(letter), died, attempts, _reason(letter), value]
+    return [name_of(letter), died, attempts_of(letter), reason_of(letter), value]
 
 
 def _json(queue: str, letter: Job) -> str:

@@ -24,8 +24,8 @@ from zmqbus.net.clock import now
 from zmqbus.protocol.message import Message
 
 if TYPE_CHECKING:
+    from zmqbus.node.faces.worker import Worker
     from zmqbus.node.queues.job import Job
-    from zmqbus.node.queues.worker import Worker
 
 PROCESSES_MAX = 1000
 LEASE_MIN = 0.1

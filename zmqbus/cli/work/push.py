@@ -15,6 +15,7 @@ from zmqbus.cli.pubsub.confirming import CONFIRM, CONFIRM_STOPPED, Durably, leav
 from zmqbus.cli.shell import remark, stopping
 from zmqbus.cli.shell.bus import Bus, Duration, Rate, Whole
 from zmqbus.cli.shell.input import paced, parse_headers, values_of
+from zmqbus.cli.work.letters import tell
 from zmqbus.cli.work.pushing import Jobs
 from zmqbus.errors import BufferFull, NotDurable
 from zmqbus.protocol.topics import encode_topic
@@ -95,6 +96,8 @@ def push(
         finally:
             if settled is None:
                 jobs.settle(STOPPED)
+            if jobs.given_up:
+                tell(node, queue)
             patience = CONFIRM if settled and not jobs.given_up else CONFIRM_STOPPED
             code = _leave(node, jobs, patience, failed, quiet)
             watch.poll()
@@ -108,12 +111,9 @@ def _leave(node: Node, jobs: Jobs, patience: float, failed: str, quiet: bool) ->
     except stopping.Stopped:
         remark(f"{jobs.report([])[0]}; interrupted before all subscribers had confirmed it")
         raise
-    text, well = jobs.report(late)
-    unsure = ", ".join(sorted(one.peer for one in late if not one.unacked))
-    if unsure:
+    text, code = jobs.report(late)
+    if unsure := ", ".join(sorted(one.peer for one in late if not one.unacked)):
         text += f"; not confirmed within {patience:g} s by {unsure}: some may be missing there"
-    if failed or unsure or not well or not quiet:
+    if failed or unsure or code or not quiet:
         remark(f"{text}{failed}")
-    if well and not failed and not unsure:
-        return shell.OK
-    return shell.FAILED if not well and not late else shell.TIMED_OUT
+    return shell.TIMED_OUT if failed or unsure else code

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from zmqbus.cli import shell
 from zmqbus.cli.pubsub.confirming import LOOK, PATIENT
 from zmqbus.cli.shell import remark, stopping
 from zmqbus.cli.shell.bus import Watch
@@ -80,15 +81,15 @@ class Jobs:
         self._unacked = int(self._node.statistics()["messages_unacked"])
         return self._held + self._unacked
 
-    def report(self, late: Sequence[Undelivered]) -> tuple[str, bool]:
-        """What became of all that, when the node was closed, and whether it is as it should be."""
+    def report(self, late: Sequence[Undelivered]) -> tuple[str, int]:
+        """What became of all that, when the node was closed, and the exit code."""
         held = sum(one.unacked for one in late if one.peer == f"queue {self._queue}")
         unacked = sum(one.unacked for one in late if one.peer == "forwarder")
         text = f"pushed {plural(self._pushed, 'job')} on {self._queue}"
         if held or unacked:
             lost = f"{held:,} not done, and held by nobody from now on" if held else ""
             unknown = f"{unacked:,} not known to be on a forwarder's disk" if unacked else ""
-            return "; ".join(filter(None, (text, lost, unknown))), False
+            return "; ".join(filter(None, (text, lost, unknown))), shell.TIMED_OUT
         done = self._done + self._held  # since the last look
         facts = {
             "done": done,
@@ -96,4 +97,4 @@ class Jobs:
             "on a forwarder's disk": self._pushed - done - self.given_up,
         }
         told = [f"{'all' if n == self._pushed > 1 else f'{n:,}'} {what}" for what, n in facts.items() if n > 0]
-        return ", ".join([text, *told]), not self.given_up
+        return ", ".join([text, *told]), shell.FAILED if self.given_up else shell.OK

@@ -27,8 +27,8 @@ from zmqbus.errors import SetupError
 from zmqbus.net.clock import now
 
 if TYPE_CHECKING:
+    from zmqbus.node.faces.worker import Worker
     from zmqbus.node.queues.job import Job
-    from zmqbus.node.queues.worker import Worker
 
 PLACE = "{}"
 LOOK = 0.02  # seconds between two looks for what has ended, while there is room for more
