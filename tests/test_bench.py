@@ -15,7 +15,7 @@ import pytest
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 BENCH = [sys.executable, str(TOOLS / "bench")]
-COMMANDS = ("all", "durable", "idle", "join", "many", "match", "pubsub", "readback", "recovery", "roundtrip")
+COMMANDS = ("all", "durable", "idle", "join", "many", "match", "pubsub", "queue", "readback", "recovery", "roundtrip")
 
 sys.path.append(str(TOOLS))
 
@@ -97,6 +97,16 @@ def test_readback_reads_every_message(tmp_path: Path) -> None:
 def test_recovery_comes_to_a_first_acknowledgement(tmp_path: Path) -> None:
     (table,) = json.loads(bench("recovery", "--quick", "--json", "--directory", str(tmp_path)))["results"]
     assert all(line["ours"]["median"] > 0 for line in table["lines"])
+
+
+def test_queue_does_every_job(tmp_path: Path) -> None:
+    tables = json.loads(bench("queue", "--quick", "--json", "--directory", str(tmp_path)))["results"]
+    throughput, latency, uneven, backlog = (table["lines"] for table in tables)
+    assert all(line["ours"]["median"] > 0 for line in [*throughput, *latency, *backlog, uneven[0]])
+    assert all(line["raw"]["median"] > 0 for line in [*throughput, *latency, *uneven[:2]])
+    done, _, killed = uneven
+    assert done["lost"] == killed["lost"] == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def assert_machine_and_noise(report: dict[str, Any]) -> None:

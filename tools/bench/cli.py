@@ -24,6 +24,7 @@ from bench import join as joining
 from bench import many as crowd
 from bench import match as matching
 from bench import pubsub as throughput
+from bench import queue as queueing
 from bench import readback as reading
 from bench import recovery as recovering
 from bench import report
@@ -185,6 +186,14 @@ def recovery(directory: str | None, runs: int, quick: bool, progress: Progress) 
     return recovering.measure(directory, min(runs, RUNS_MANY), quick, progress)
 
 
+@main.command()
+@click.option("--directory", type=click.Path(exists=True, file_okay=False), help="On the disk to measure [/tmp].")
+@common
+def queue(directory: str | None, runs: int, quick: bool, progress: Progress) -> list[Table]:
+    """Work queues: jobs acknowledged one by one, uneven and dying workers, a backlog."""
+    return queueing.measure(directory, runs, quick, progress)
+
+
 @main.command(name="all")
 @click.option(
     "--namespaces/--no-namespaces", default=True, help="Join between two network namespaces too (root, Linux)."
@@ -203,4 +212,5 @@ def everything(namespaces: bool, runs: int, quick: bool, progress: Progress) -> 
             *durability.measure(None, runs, quick, progress),
             *reading.measure(None, runs, quick, progress),
             *recovering.measure(None, min(runs, RUNS_MANY), quick, progress),
+            *queueing.measure(None, runs, quick, progress),
         ]
