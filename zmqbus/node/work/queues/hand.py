@@ -24,10 +24,10 @@ import msgspec
 from zmqbus.errors import RemoteProtocolError
 from zmqbus.net.clock import now
 from zmqbus.node.events import Event, Warned
-from zmqbus.node.queues.delivery import MARGIN, Delivery, Loaded, Parcel, ranges_of
-from zmqbus.node.queues.job import REASON_MAX, Job
-from zmqbus.node.queues.tie import Fail, Tie
-from zmqbus.node.queues.window import START, Window
+from zmqbus.node.work.queues.delivery import MARGIN, Delivery, Loaded, Parcel, ranges_of
+from zmqbus.node.work.queues.job import REASON_MAX, Job
+from zmqbus.node.work.queues.tie import Fail, Tie
+from zmqbus.node.work.queues.window import START, Window
 from zmqbus.protocol.frames import Batch, ValueDecoder, decode_batches
 
 SLICE = 128  # jobs of a batch that are handed out without a look at what there is to say

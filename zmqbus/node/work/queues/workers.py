@@ -18,9 +18,9 @@ from zmqbus.errors import NodeClosed, NotSettled, RemoteProtocolError, SetupErro
 from zmqbus.net.clock import now, time_ns
 from zmqbus.node.events import Event, JobRefused, Warned
 from zmqbus.node.peers.peering import Peering
-from zmqbus.node.queues.delivery import Delivery, Parcel
-from zmqbus.node.queues.hand import Hand
-from zmqbus.node.queues.tie import Done, Tie, Wire
+from zmqbus.node.work.queues.delivery import Delivery, Parcel
+from zmqbus.node.work.queues.hand import Hand
+from zmqbus.node.work.queues.tie import Done, Tie, Wire
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Body, Command, Error, Job, Settled
 from zmqbus.protocol.starts import Start, parse_start
