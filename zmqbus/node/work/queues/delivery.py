@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from zmqbus.net.clock import now
 from zmqbus.node.work.queues.job import Job
 from zmqbus.node.work.queues.tie import Fail, Tie
 from zmqbus.protocol.frames import Batch
@@ -101,8 +100,7 @@ class Delivery:
     def extend(self, seconds: float) -> None:
         """It takes longer."""
         self.hand.check()
-        self.deadline = now() + seconds * (1 - MARGIN)
-        self.hand.extend(self, seconds)
+        self.hand.extend(self, seconds)  # what came with it and still waits goes to others in time nevertheless
 
     @property
     def open(self) -> list[tuple[int, int]]:

@@ -23,11 +23,15 @@ class Window:
         """Of each of so many owners that have jobs."""
         return max(1, self.size // max(1, owners))
 
-    def dry(self, took: float) -> bool:
-        """All that may be sent was, and is begun, so many seconds after the last of it came. True: the window grew."""
-        if not self.adapts or took > WAIT / 2 or self.size >= MOST:
+    def dry(self, took: float, least: int) -> bool:
+        """Somebody wants more, and all that may be sent was, the last so many seconds ago. True: the window grew.
+
+        `least`: all of it is in hands, unfinished, and less than so many would bring nothing. Then who wants more can
+        do more, however slow the others are. 0: it is done with.
+        """
+        if not self.adapts or self.size >= MOST or (took > WAIT / 2 and not least):
             return False
-        self.size = min(MOST, self.size * 2)
+        self.size = min(MOST, max(self.size * 2, least))
         return True
 
     def waited(self, seconds: float, busy: int) -> bool:
