@@ -87,7 +87,19 @@ class LogGap(msgspec.Struct, frozen=True, gc=False):
         return self.last - self.first + 1
 
 
-Event = PeerJoined | PeerLeft | ForwarderUp | ForwarderDown | DuplicateName | Gap | LogGap | CaughtUp | Warned
+class JobRefused(msgspec.Struct, frozen=True, gc=False):
+    """A job was acknowledged, perhaps in vain: its lease had run out and another worker has it, or its owner or this
+    worker was gone by then, so that it may be done once more."""
+
+    topic: str
+    origin: int
+    seq: int
+    attempt: int
+
+
+Event = (
+    PeerJoined | PeerLeft | ForwarderUp | ForwarderDown | DuplicateName | Gap | LogGap | CaughtUp | JobRefused | Warned
+)
 
 
 class Listener(Protocol):

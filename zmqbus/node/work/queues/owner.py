@@ -23,7 +23,7 @@ from zmqbus.net.clock import now, time_ns
 from zmqbus.node.events import Undelivered
 from zmqbus.node.publishing.outlet import Outlet
 from zmqbus.node.publishing.publisher import Publisher
-from zmqbus.node.queues.desk import Desk, team_of
+from zmqbus.node.work.queues.desk import Desk, team_of
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Command, QueueFigures
 from zmqbus.protocol.frames import HEADER, QUEUED, Batch
@@ -85,6 +85,7 @@ class Owner:
         self._gives_out = gives_out
         self._desk = desk = Desk(loop, host.answer, self._settle)
         self._dispatcher = desk.dispatcher
+        self._pushed: list[Publisher] = []  # grows in other threads
         self._queues: dict[str, Queue] = {}
         self._groups: dict[Team, Group] = {}
         self._members: Counter[Team] = Counter()
@@ -114,6 +115,7 @@ class Owner:
                 publisher.flags |= QUEUED
                 publisher.most = JOBS_PER_BATCH
                 if self._gives_out:
+                    self._pushed.append(publisher)
                     ledger = self._outlet.ledger
                     ledger.settled(ledger.account(publisher.topic, publisher.shelf), publisher.sent)
                     publisher.jobs = self
@@ -274,13 +276,13 @@ class Owner:
     def forwarders_changed(self) -> None:
         """Some topics may be claimed now, others no longer."""
         self._take_in()
-        ledger = self._outlet.ledger
-        for publisher in [p for p in self._outlet.publishers.values() if p.jobs is self and p.flags & QUEUED]:
+        for publisher in list(self._pushed):
             queue = self._queue(publisher)
-            account = ledger.account(publisher.topic, publisher.shelf)
-            if account.claimants and not queue.handed:
+            with self._outlet.lock:
+                claimed = bool(self._outlet.ledger.account(publisher.topic, publisher.shelf).claimants)
+            if claimed and not queue.handed:
                 self._hand_over(queue)
-            elif not account.claimants and queue.handed:
+            elif not claimed and queue.handed:
                 self._take_back(queue)
         self._desk.deliver()
 
