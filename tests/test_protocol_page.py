@@ -310,7 +310,7 @@ MODULES = {
     **dict.fromkeys(("publisher", "outlet", "durability"), "node.publishing"),
     **dict.fromkeys(("committer", "fetching", "outbox"), "node.storing"),
     **dict.fromkeys(("peering", "registry", "serving"), "node.peers"),
-    "answering": "node.requests",
+    "answering": "node.work.requests",
     **dict.fromkeys(("discovery", "sockets", "keys"), "net"),
     **dict.fromkeys(("journal", "positions"), "journal"),
     **dict.fromkeys(("inflow", "readings"), "forwarder"),

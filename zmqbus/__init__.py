@@ -75,8 +75,8 @@ if TYPE_CHECKING:
     from zmqbus.node.faces.subscription import Subscription
     from zmqbus.node.faces.worker import Worker
     from zmqbus.node.publishing.publisher import Publisher
-    from zmqbus.node.queues.job import Job
     from zmqbus.node.receiving.replay import Position
+    from zmqbus.node.work.queues.job import Job
     from zmqbus.protocol.members.peers import DuplicateName, Peer, PeerJoined, PeerLeft
     from zmqbus.protocol.message import Message
     from zmqbus.protocol.streams.stream import Gap
@@ -104,7 +104,7 @@ _HOMES = {
     "ForwarderUp": "node.events",
     "Gap": "protocol.streams.stream",
     "GapError": "errors",
-    "Job": "node.queues.job",
+    "Job": "node.work.queues.job",
     "JobRefused": "node.events",
     "JobSettled": "errors",
     "JournalCorrupt": "errors",

@@ -21,10 +21,10 @@ from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import AsyncEventStream, Event, Warned
+from zmqbus.node.peers.links import Inbox
 from zmqbus.node.peers.serving import Counters
 from zmqbus.node.storing.committer import Committer
 from zmqbus.node.storing.worker import Worker
-from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PATTERNS_MAX, Command, QueueFigures
 from zmqbus.protocol.members.peers import PeerLeft

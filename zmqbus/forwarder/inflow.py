@@ -24,10 +24,10 @@ from zmqbus.journal import Commit, Journal
 from zmqbus.net.clock import now
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import Warned
+from zmqbus.node.peers.links import Link
 from zmqbus.node.receiving.feed import Feed
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.storing.committer import Committer
-from zmqbus.node.wiring.links import Link
 from zmqbus.protocol import commands
 
 ATTENTIVE = 1.0  # seconds for which everything is done at once, after somebody has waited for something

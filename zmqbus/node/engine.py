@@ -33,28 +33,27 @@ from zmqbus.node import RELEASE
 from zmqbus.node.config import Config
 from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
 from zmqbus.node.peers.counting import count
+from zmqbus.node.peers.links import Inbox, Link
 from zmqbus.node.peers.peering import Peering
 from zmqbus.node.peers.serving import Counters, Extension, Service
 from zmqbus.node.peers.survey import survey
+from zmqbus.node.publishing.broadcast import Broadcast
 from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
-from zmqbus.node.queues.owner import Owner
-from zmqbus.node.queues.workers import Workers
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.receiving.repairs import fetch_all
 from zmqbus.node.receiving.replays import Replays
-from zmqbus.node.requests.exchange import Exchange
 from zmqbus.node.storing.outbox import Outbox
-from zmqbus.node.wiring.broadcast import Broadcast
-from zmqbus.node.wiring.links import Inbox, Link
+from zmqbus.node.work.queues.owner import Owner
+from zmqbus.node.work.queues.workers import Workers
+from zmqbus.node.work.requests.exchange import Exchange
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Body, Command
 from zmqbus.protocol.members.peers import Peer, PeerJoined, PeerLeft
 from zmqbus.protocol.streams.history import History
 from zmqbus.protocol.streams.stream import Fetch, Gap
-from zmqbus.protocol.streams.tracking import Tracker
 from zmqbus.protocol.topics import Matcher, check_pattern, covering_prefixes
 
 HEARTBEAT_PERIOD = 1.0
@@ -282,34 +281,6 @@ class Engine:
 
     # --- subscriptions ---------------------------------------------------------------------------
 
-    async def subscribe(
-        self,
-        patterns: Sequence[str],
-        *,
-        value_type: Any,
-        history: int,
-        on_gap: str,
-        observe: bool,
-        wake: Callable[[], None] | None = None,
-    ) -> Intake:
-        """Open a subscription; done when every known publisher has registered it.
-
-        `wake`: to be called when there is something to do. None: its consumer sleeps in the socket.
-        """
-        if not isinstance(history, int) or history < 0:
-            raise SetupError(f"history={history!r}: use a whole number, 0 or more")
-        if on_gap not in ("skip", "raise"):
-            raise SetupError(f"on_gap={on_gap!r}: use 'skip' or 'raise'")
-
-        def make(number: int, feed: Feed) -> Intake:
-            tracker = Tracker(patterns, self.sources, history=history)
-            raises = on_gap == "raise"
-            return Intake(
-                number, patterns, feed, self, tracker, value_type=value_type, raise_gaps=raises, observes=observe
-            )
-
-        return await self.attach(patterns, make, wake)
-
     async def attach(
         self,
         patterns: Sequence[str],
@@ -317,8 +288,9 @@ class Engine:
         wake: Callable[[], None] | None,
         internal: bool = False,
     ) -> Intake:
-        """Open a subscription of the kind that `make` makes, and have it registered. Otherwise as `subscribe`.
+        """Open a subscription of the kind that `make` makes; done when every known publisher has registered it.
 
+        `wake`: to be called when there is something to do. None: its consumer sleeps in the socket.
         `internal`: to reserved topics as well.
         """
         if not patterns:

@@ -23,9 +23,9 @@ from zmqbus.journal import Commit, Journal, find_time
 from zmqbus.net.clock import now, time_ns
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import Event
-from zmqbus.node.queues.desk import Desk, Joined, check_join
 from zmqbus.node.storing.committer import Committer
 from zmqbus.node.storing.worker import Worker
+from zmqbus.node.work.queues.desk import Desk, Joined, check_join
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import END, Command, Error, QueueFigures
 from zmqbus.protocol.members.peers import PeerChanged, PeerJoined, PeerLeft

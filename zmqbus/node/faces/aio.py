@@ -30,7 +30,7 @@ from zmqbus.node.faces.requests.aio import AsyncRequesting
 from zmqbus.node.publishing import durability
 from zmqbus.node.publishing.durability import room
 from zmqbus.node.publishing.publisher import SMALL, TICK, Publisher
-from zmqbus.node.queues.owner import delayed
+from zmqbus.node.work.queues.owner import delayed
 from zmqbus.protocol.members.peers import Peer
 
 

@@ -30,8 +30,8 @@ from zmqbus.node.faces.subscription import LogSubscription, Subscription
 from zmqbus.node.faces.worker import Worker
 from zmqbus.node.publishing.durability import publish_durably, wait_for_room, wait_until_all_durable
 from zmqbus.node.publishing.publisher import SMALL, Publisher
-from zmqbus.node.queues.owner import delayed
 from zmqbus.node.receiving.intake import Intake
+from zmqbus.node.work.queues.owner import delayed
 from zmqbus.protocol.members.peers import Peer
 
 T = TypeVar("T")

@@ -18,11 +18,11 @@ from zmqbus.net.sockets import Role, SocketFactory, parse_endpoint
 from zmqbus.node.events import Event, KeyMismatch, Warned
 from zmqbus.node.peers.hearing import Hearing
 from zmqbus.node.peers.introduction import introduced
+from zmqbus.node.peers.links import Inbox, Link
 from zmqbus.node.peers.registry import ASK_AGAIN, Registry, Streams
-from zmqbus.node.queues.owner import Owner
 from zmqbus.node.receiving.intake import Intake
-from zmqbus.node.requests.exchange import Exchange
-from zmqbus.node.wiring.links import Inbox, Link
+from zmqbus.node.work.queues.owner import Owner
+from zmqbus.node.work.requests.exchange import Exchange
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PEERS_PER_HELLO, Command, Hello, Welcome
 from zmqbus.protocol.frames import VERSION

@@ -14,9 +14,9 @@ from typing import Protocol
 
 from zmqbus.errors import NodeClosed, WaitTimeout
 from zmqbus.net.clock import now
+from zmqbus.node.peers.links import Inbox, Link
 from zmqbus.node.publishing.outlet import Outlet
 from zmqbus.node.receiving.intake import Intake
-from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, SUBSCRIPTIONS_MAX, Command, Error, Subscribed
 from zmqbus.protocol.topics import Matcher

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from zmqbus.node.events import Event
+from zmqbus.node.peers.links import Inbox
 from zmqbus.node.publishing.outlet import Outlet
-from zmqbus.node.queues.owner import Owner
 from zmqbus.node.storing.fetching import FETCH_BYTES
 from zmqbus.node.storing.outbox import Outbox
-from zmqbus.node.wiring.links import Inbox
+from zmqbus.node.work.queues.owner import Owner
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, QUEUES_PER_STATISTICS, Command, QueueFigures
 from zmqbus.protocol.frames import SEQ_MAX

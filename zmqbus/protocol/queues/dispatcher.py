@@ -161,7 +161,7 @@ class Dispatcher:
         return works[::-1]
 
     def forget(self, line: Line) -> None:
-        """There is to be no such line. What workers have of it is not theirs any more, and nothing of it is finished."""
+        """There is to be no such line. What workers have of it is theirs no more, and nothing of it is finished."""
         found = self._lines.pop(line, None)
         if found is None:
             return

@@ -23,8 +23,8 @@ from zmqbus.node.faces.requests.values import (
     success,
     value_of,
 )
-from zmqbus.node.requests.answering import Incoming, Responder
-from zmqbus.node.requests.asking import Call, Outcome
+from zmqbus.node.work.requests.answering import Incoming, Responder
+from zmqbus.node.work.requests.asking import Call, Outcome
 
 
 class AsyncHome(Protocol):
@@ -258,8 +258,8 @@ class AsyncRequesting:
     def responder(
         self: AsyncHome, service: str, *, type: Any = None, concurrency: int = TASKS
     ) -> Callable[[Responds], Responds]:
-        """See `Node.responder`. A coroutine function runs as a task, of which there are `concurrency` at most at a time; a
-        plain function is called on the loop, at once. Peers are told of it meanwhile."""
+        """See `Node.responder`. A coroutine function runs as a task, of which there are `concurrency` at most;
+        a plain function is called on the loop, at once. Peers are told of it meanwhile."""
         engine = self._at_home()
 
         def register(function: Responds) -> Responds:

@@ -25,8 +25,8 @@ from zmqbus.node.faces.requests.values import (
     unpack,
     value_of,
 )
-from zmqbus.node.requests.answering import Incoming, Responder
-from zmqbus.node.requests.asking import Call, Outcome
+from zmqbus.node.work.requests.answering import Incoming, Responder
+from zmqbus.node.work.requests.asking import Call, Outcome
 from zmqbus.protocol.commands import Body
 
 T = TypeVar("T")

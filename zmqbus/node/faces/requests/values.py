@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from zmqbus.errors import MessageTooLarge, RemoteProtocolError, ReplyMismatch, SetupError, ZmqbusError
-from zmqbus.node.requests.asking import Outcome
+from zmqbus.node.work.requests.asking import Outcome
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import REQUEST_BYTES_MAX
 from zmqbus.protocol.frames import MESSAGE_BYTES_MAX, encode_value

@@ -6,10 +6,10 @@ import asyncio
 from typing import Protocol
 
 from zmqbus.errors import WaitTimeout
-from zmqbus.node.requests import answering, asking
-from zmqbus.node.requests.answering import Answering
-from zmqbus.node.requests.asking import Asking
-from zmqbus.node.wiring.links import Link
+from zmqbus.node.peers.links import Link
+from zmqbus.node.work.requests import answering, asking
+from zmqbus.node.work.requests.answering import Answering
+from zmqbus.node.work.requests.asking import Asking
 from zmqbus.protocol.commands import Command, Hello
 from zmqbus.protocol.members.responders import Responders
 

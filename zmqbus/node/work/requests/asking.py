@@ -21,8 +21,8 @@ from zmqbus.errors import (
     ZmqbusError,
 )
 from zmqbus.net.clock import now
-from zmqbus.node.requests.answering import Answering, Incoming, Peers
-from zmqbus.node.wiring.links import Link
+from zmqbus.node.peers.links import Link
+from zmqbus.node.work.requests.answering import Answering, Incoming, Peers
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Command
 from zmqbus.protocol.members.responders import Responders

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from zmqbus.errors import SetupError
 from zmqbus.net.clock import now
+from zmqbus.node.peers.links import Link
 from zmqbus.node.peers.registry import Registry
-from zmqbus.node.wiring.links import Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import SERVICES_MAX, Body, Command, Error
 from zmqbus.protocol.members.responders import Responders
