@@ -3,7 +3,8 @@
 The raw loop is the least that one can do: an owner's ROUTER fills each worker's credit of 100, and then answers each
 acknowledgement with the next job, to whoever sent it; a worker receives and acknowledges. It knows no leases, retries,
 attempts, values or headers, and a worker that dies takes its jobs along. It is run in two ways: with multipart calls,
-as everybody writes it, and frame by frame, which is several times quicker and more than most know. Tasks of the worker processes are in jobs.py.
+as everybody writes it, and frame by frame, which is several times quicker and more than most know. Tasks of the worker
+processes are in jobs.py.
 """
 
 from __future__ import annotations
