@@ -16,6 +16,7 @@ import pytest
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 BENCH = [sys.executable, str(TOOLS / "bench")]
 COMMANDS = ("all", "durable", "idle", "join", "many", "match", "pubsub", "queue", "readback", "recovery", "roundtrip")
+COMMANDS = ("all", "durable", "idle", "join", "many", "match", "pubsub", "readback", "recovery", "request", "roundtrip")
 
 sys.path.append(str(TOOLS))
 
@@ -77,6 +78,20 @@ def test_roundtrip_in_asyncio() -> None:
         assert 0 < p50["ours"]["median"] <= p99["ours"]["median"]
         assert 0 < p50["raw"]["median"] <= p99["raw"]["median"]
         assert p50["passed"] is None  # no budget: for information
+
+
+def test_request_is_measured_for_every_kind_of_responder() -> None:
+    report = json.loads(bench("request", "--quick", "--json"))
+    assert_machine_and_noise(report)
+    (table,) = report["results"]
+    assert [line["label"] for line in table["lines"]] == [
+        f"{kind}, {pace}, {percentile}"
+        for pace in ("low rate", "back to back")
+        for kind in ("Node, inline", "Node, threads", "Node, loop", "AsyncNode")
+        for percentile in ("p50", "p99")
+    ]
+    assert all(line["ours"]["median"] > 0 and line["raw"]["median"] > 0 for line in table["lines"])
+    assert [line["label"] for line in table["lines"] if line["budget"]] == ["Node, inline, low rate, p50"]
 
 
 def test_durable_is_measured_beside_the_live_rate_and_the_disk(tmp_path: Path) -> None:

@@ -30,10 +30,16 @@ if TYPE_CHECKING:
         LogUnavailable,
         MessageTooLarge,
         NodeClosed,
+        NoResponders,
         NoSpace,
         NotDurable,
         NotSettled,
+        RemoteError,
         RemoteProtocolError,
+        ReplyMismatch,
+        RequestTimeout,
+        ResponderBusy,
+        ResponderLost,
         SetupError,
         SubscriptionTaken,
         TooManyStreams,
@@ -63,11 +69,14 @@ if TYPE_CHECKING:
     from zmqbus.node.faces.aio_subscription import AsyncSubscription
     from zmqbus.node.faces.aio_worker import AsyncWorker
     from zmqbus.node.faces.node import Node
+    from zmqbus.node.faces.requests.aio import AsyncRequest, AsyncRequests
+    from zmqbus.node.faces.requests.sync import Request, Requests
+    from zmqbus.node.faces.requests.values import Reply
     from zmqbus.node.faces.subscription import Subscription
     from zmqbus.node.faces.worker import Worker
     from zmqbus.node.publishing.publisher import Publisher
-    from zmqbus.node.queues.job import Job
     from zmqbus.node.receiving.replay import Position
+    from zmqbus.node.work.queues.job import Job
     from zmqbus.protocol.members.peers import DuplicateName, Peer, PeerJoined, PeerLeft
     from zmqbus.protocol.message import Message
     from zmqbus.protocol.streams.stream import Gap
@@ -77,6 +86,8 @@ _HOMES = {
     "AsyncEventStream": "node.events",
     "AsyncNode": "node.faces.aio",
     "AsyncPublisher": "node.faces.aio",
+    "AsyncRequest": "node.faces.requests.aio",
+    "AsyncRequests": "node.faces.requests.aio",
     "AsyncSubscription": "node.faces.aio_subscription",
     "AsyncWorker": "node.faces.aio_worker",
     "AuthError": "errors",
@@ -93,7 +104,7 @@ _HOMES = {
     "ForwarderUp": "node.events",
     "Gap": "protocol.streams.stream",
     "GapError": "errors",
-    "Job": "node.queues.job",
+    "Job": "node.work.queues.job",
     "JobRefused": "node.events",
     "JobSettled": "errors",
     "JournalCorrupt": "errors",
@@ -109,6 +120,7 @@ _HOMES = {
     "LogUnavailable": "errors",
     "Message": "protocol.message",
     "MessageTooLarge": "errors",
+    "NoResponders": "errors",
     "NoSpace": "errors",
     "Node": "node.faces.node",
     "NodeClosed": "errors",
@@ -119,7 +131,15 @@ _HOMES = {
     "PeerLeft": "protocol.members.peers",
     "Position": "node.receiving.replay",
     "Publisher": "node.publishing.publisher",
+    "RemoteError": "errors",
     "RemoteProtocolError": "errors",
+    "Reply": "node.faces.requests.values",
+    "ReplyMismatch": "errors",
+    "Request": "node.faces.requests.sync",
+    "RequestTimeout": "errors",
+    "Requests": "node.faces.requests.sync",
+    "ResponderBusy": "errors",
+    "ResponderLost": "errors",
     "SetupError": "errors",
     "Subscription": "node.faces.subscription",
     "SubscriptionTaken": "errors",
@@ -139,6 +159,8 @@ __all__ = [
     "AsyncEventStream",
     "AsyncNode",
     "AsyncPublisher",
+    "AsyncRequest",
+    "AsyncRequests",
     "AsyncSubscription",
     "AsyncWorker",
     "AuthError",
@@ -171,6 +193,7 @@ __all__ = [
     "LogUnavailable",
     "Message",
     "MessageTooLarge",
+    "NoResponders",
     "NoSpace",
     "Node",
     "NodeClosed",
@@ -181,7 +204,15 @@ __all__ = [
     "PeerLeft",
     "Position",
     "Publisher",
+    "RemoteError",
     "RemoteProtocolError",
+    "Reply",
+    "ReplyMismatch",
+    "Request",
+    "RequestTimeout",
+    "Requests",
+    "ResponderBusy",
+    "ResponderLost",
     "SetupError",
     "Subscription",
     "SubscriptionTaken",

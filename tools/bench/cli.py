@@ -28,6 +28,7 @@ from bench import queue as queueing
 from bench import readback as reading
 from bench import recovery as recovering
 from bench import report
+from bench import request as asking
 from bench import roundtrip as latency
 from bench.crew import WorkerFailed
 from bench.results import Table
@@ -132,6 +133,13 @@ def roundtrip(faces: tuple[str, ...], runs: int, quick: bool, progress: Progress
 
 
 @main.command()
+@common
+def request(runs: int, quick: bool, progress: Progress) -> list[Table]:
+    """Latency of request and reply."""
+    return asking.measure(runs, quick, progress)
+
+
+@main.command()
 @click.option("--namespaces/--no-namespaces", default=True, help="Between two network namespaces too (root, Linux).")
 @common
 def join(namespaces: bool, runs: int, quick: bool, progress: Progress) -> list[Table]:
@@ -205,6 +213,7 @@ def everything(namespaces: bool, runs: int, quick: bool, progress: Progress) -> 
         return [
             *throughput.measure(list(throughput.SIZES.values()), FANS, FACES, runs, quick, key, progress),
             *latency.measure(FACES, runs, quick, progress),
+            *asking.measure(runs, quick, progress),
             *joining.measure(namespaces, key, runs, progress),
             *idling.measure(runs, quick, progress),
             *crowd.measure(crowd.NODES_QUICK if quick else crowd.NODES, min(runs, RUNS_MANY), progress),

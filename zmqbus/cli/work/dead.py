@@ -27,7 +27,7 @@ from zmqbus.protocol.topics import encode_topic
 
 if TYPE_CHECKING:
     from zmqbus.node.faces.node import Node
-    from zmqbus.node.queues.job import Job
+    from zmqbus.node.work.queues.job import Job
 
 AT_A_TIME = 10_000  # letters held; they may be large
 SHOWN = 100

@@ -14,7 +14,7 @@ from zmqbus.protocol.queues.letters import ATTEMPTS, DEAD_PREFIX, ORIGIN, REASON
 
 if TYPE_CHECKING:
     from zmqbus.node.faces.node import Node
-    from zmqbus.node.queues.job import Job
+    from zmqbus.node.work.queues.job import Job
 
 GROUP = "dead"
 ANSWER = 2.0  # seconds that each node has to say how many there are

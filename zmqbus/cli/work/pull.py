@@ -25,7 +25,7 @@ from zmqbus.protocol.message import Message
 
 if TYPE_CHECKING:
     from zmqbus.node.faces.worker import Worker
-    from zmqbus.node.queues.job import Job
+    from zmqbus.node.work.queues.job import Job
 
 PROCESSES_MAX = 1000
 LEASE_MIN = 0.1

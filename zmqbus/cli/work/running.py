@@ -28,7 +28,7 @@ from zmqbus.net.clock import now
 
 if TYPE_CHECKING:
     from zmqbus.node.faces.worker import Worker
-    from zmqbus.node.queues.job import Job
+    from zmqbus.node.work.queues.job import Job
 
 PLACE = "{}"
 LOOK = 0.02  # seconds between two looks for what has ended, while there is room for more

@@ -10,7 +10,7 @@ from zmqbus.errors import NotSettled
 
 if TYPE_CHECKING:
     from zmqbus.node.faces.worker import Worker
-    from zmqbus.node.queues.job import Job
+    from zmqbus.node.work.queues.job import Job
 
 CONFIRM = 5.0  # seconds that owners have to confirm what is done
 CONFIRM_STOPPED = 1.0  # … when asked to stop

@@ -13,8 +13,8 @@ from zmqbus.net.clock import now
 from zmqbus.node.faces.aio_subscription import SHIFT, AsyncHome
 from zmqbus.node.faces.worker import CLOSE_TIMEOUT
 from zmqbus.node.publishing.publisher import TICK
-from zmqbus.node.queues.hand import Hand
-from zmqbus.node.queues.job import Job
+from zmqbus.node.work.queues.hand import Hand
+from zmqbus.node.work.queues.job import Job
 
 
 class AsyncWorker:
@@ -98,6 +98,7 @@ class AsyncWorker:
             if job is not None:
                 return job
             if hand.closed is not None:
+                self._takers.ring()  # each tells the next
                 if isinstance(hand.closed, ForkedProcess):
                     raise hand.closed
                 return None

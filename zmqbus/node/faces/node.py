@@ -25,12 +25,13 @@ from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import EventStream, TopicInfo, Undelivered
+from zmqbus.node.faces.requests.sync import Requesting
 from zmqbus.node.faces.subscription import LogSubscription, Subscription
 from zmqbus.node.faces.worker import Worker
 from zmqbus.node.publishing.durability import publish_durably, wait_for_room, wait_until_all_durable
 from zmqbus.node.publishing.publisher import SMALL, Publisher
-from zmqbus.node.queues.owner import delayed
 from zmqbus.node.receiving.intake import Intake
+from zmqbus.node.work.queues.owner import delayed
 from zmqbus.protocol.members.peers import Peer
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ NOT_LIVE = (
 _nodes: weakref.WeakSet[Node] = weakref.WeakSet()
 
 
-class Node:
+class Node(Requesting):
     """One participant of a bus: publishes, subscribes, and finds the others by itself.
 
     Args:
@@ -333,7 +334,7 @@ class Node:
         Raises:
             WaitTimeout: it had not within `timeout` seconds.
         """
-        return self._call(self._engine.wait_for_subscribers(topic, n, timeout, observers))
+        return self._call(self._engine.peering.registry.wait_for_subscribers(topic, n, timeout, observers))
 
     def topics(self, *patterns: str, timeout: float = 2.0) -> list[TopicInfo]:
         """Every stream on the bus whose topic fits a pattern (none: all), by topic; each publisher is asked.

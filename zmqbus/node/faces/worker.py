@@ -11,8 +11,8 @@ from typing import Any
 from zmqbus.errors import ForkedProcess, NodeClosed
 from zmqbus.net.clock import now
 from zmqbus.node.faces.subscription import Home
-from zmqbus.node.queues.hand import Hand
-from zmqbus.node.queues.job import Job
+from zmqbus.node.work.queues.hand import Hand
+from zmqbus.node.work.queues.job import Job
 
 CLOSE_TIMEOUT = 2.0
 

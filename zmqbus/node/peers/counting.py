@@ -7,9 +7,9 @@ from collections.abc import Collection
 from zmqbus.node.peers.serving import Service
 from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import Outlet
-from zmqbus.node.queues.workers import Workers
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.receiving.replays import Replays
+from zmqbus.node.work.queues.workers import Workers
 
 
 def count(

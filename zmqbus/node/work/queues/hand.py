@@ -24,10 +24,10 @@ import msgspec
 from zmqbus.errors import RemoteProtocolError
 from zmqbus.net.clock import now
 from zmqbus.node.events import Event, Warned
-from zmqbus.node.queues.delivery import MARGIN, Delivery, Loaded, Parcel, ranges_of
-from zmqbus.node.queues.job import REASON_MAX, Job
-from zmqbus.node.queues.tie import Fail, Tie
-from zmqbus.node.queues.window import START, Window
+from zmqbus.node.work.queues.delivery import MARGIN, Delivery, Loaded, Parcel, ranges_of
+from zmqbus.node.work.queues.job import REASON_MAX, Job
+from zmqbus.node.work.queues.tie import Fail, Tie
+from zmqbus.node.work.queues.window import START, Window
 from zmqbus.protocol.frames import Batch, ValueDecoder, decode_batches
 
 SLICE = 128  # jobs of a batch that are handed out without a look at what there is to say
@@ -163,12 +163,16 @@ class Hand:
             touched.add(tie)
         return touched
 
-    def credit(self, tie: Tie) -> int:
-        """How much an owner may have sent in all, if that is more than it was told; else 0."""
+    @property
+    def owners(self) -> int:
+        """How many have jobs: they sent some within the last second."""
+        recent = now() - 1.0
+        return sum(tie.last_job > recent and not tie.gone for tie in self.ties.values())
+
+    def credit(self, tie: Tie, owners: int) -> int:
+        """How much one of so many owners may have sent in all, if that is more than it was told; else 0."""
         if self.stuck or self.closed is not None:
             return 0
-        recent = now() - 1.0
-        owners = sum(other.last_job > recent and not other.gone for other in list(self.ties.values()))
         credit = tie.finished + self.window.share(owners)
         if credit <= tie.granted:
             return 0

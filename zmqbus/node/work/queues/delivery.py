@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from zmqbus.net.clock import now
-from zmqbus.node.queues.job import Job
-from zmqbus.node.queues.tie import Fail, Tie
+from zmqbus.node.work.queues.job import Job
+from zmqbus.node.work.queues.tie import Fail, Tie
 from zmqbus.protocol.frames import Batch
 
 MARGIN = 0.1  # of a lease: it began before the job came here, and what is given back has to arrive in time
