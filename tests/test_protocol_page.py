@@ -187,10 +187,19 @@ COMMANDS: dict[str, tuple[Body, int]] = {
         commands.Statistics({"peers": 2, "load": 0.5}, [(b"a", 9, 300)], True, [("indexer", 42, True)]),
         4,
     ),
+    "request": (commands.Request("images.resize", 5000), 10),
+    "reply": (commands.Reply(), 10),
+    "reply-error": (commands.Reply("ValueError", "no such image"), 11),
+    "serve": (commands.Serve(["images.resize", "time.now"]), 12),
     "error": (commands.Error("origin", "not kept here"), 3),
 }
 LOGGED = [FRAMES["data"][0], FRAMES["data-external-raw"][0]]
-CARRIED = {"batches": FRAMES["data"][0], "log": [b"".join(part for parts in LOGGED for part in parts)]}
+CARRIED = {
+    "batches": FRAMES["data"][0],
+    "log": [b"".join(part for parts in LOGGED for part in parts)],
+    "request": [frames.encode_value({"image": 7}), frames.encode_value({"trace": "x1"})],
+    "reply": [frames.encode_value("done")],
+}
 
 
 def test_every_command_has_a_vector_and_every_vector_is_one_of_ours() -> None:
@@ -301,6 +310,7 @@ MODULES = {
     **dict.fromkeys(("publisher", "outlet", "durability"), "node.publishing"),
     **dict.fromkeys(("committer", "fetching", "outbox"), "node.storing"),
     **dict.fromkeys(("peering", "registry", "serving"), "node.peers"),
+    "answering": "node.work.requests",
     **dict.fromkeys(("discovery", "sockets", "keys"), "net"),
     **dict.fromkeys(("journal", "positions"), "journal"),
     **dict.fromkeys(("inflow", "readings"), "forwarder"),

@@ -23,7 +23,7 @@ def test_python_blocks_run(block: str) -> None:
 
 
 def test_there_are_blocks() -> None:
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
 
 
 def test_the_demo_proves_what_it_says() -> None:

@@ -55,6 +55,16 @@ class NodeClosed(ZmqbusError):
     """The node or subscription was used after `close()`."""
 
 
+class JobSettled(ZmqbusError):
+    """A job was acknowledged, or given up, a second time. The first stands. `topic`, `origin` and `seq` name it."""
+
+    def __init__(self, topic: str, origin: int, seq: int) -> None:
+        super().__init__(f"job {topic} {origin:016x}#{seq} is settled already: ack, nack or reject it once")
+        self.topic = topic
+        self.origin = origin
+        self.seq = seq
+
+
 class WrongLoop(ZmqbusError, RuntimeError):
     """An AsyncNode, or what it handed out, was used on another event loop than the one it was opened on."""
 
@@ -213,6 +223,71 @@ class WaitTimeout(ZmqbusError, TimeoutError):
         self.timeout = timeout
 
 
+class NoResponders(ZmqbusError):
+    """Nobody that can be reached responds to this `service`. The request was not carried out."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__(
+            f"nobody on the bus responds to {service!r} now; to wait until somebody does: node.wait_for_responders()"
+        )
+        self.service = service
+
+
+class RequestTimeout(ZmqbusError, TimeoutError):
+    """No answer to a request came within `timeout` seconds. It may be carried out, or not, or be yet."""
+
+    def __init__(self, service: str, timeout: float) -> None:
+        super().__init__(f"no answer from {service!r} within {timeout:g} s; whether it was carried out is not known")
+        self.service = service
+        self.timeout = timeout
+
+
+class ResponderLost(ZmqbusError):
+    """The connection to the `responder` broke before its answer had come: it died, was stopped, or the network failed.
+
+    The request may have been carried out, or not. It was not sent to anybody else.
+    """
+
+    def __init__(self, service: str, responder: str) -> None:
+        super().__init__(
+            f"lost {responder} before it answered a request for {service!r}; whether it was carried out is not known: "
+            "ask again if it does no harm twice"
+        )
+        self.service = service
+        self.responder = responder
+
+
+class ResponderBusy(ZmqbusError):
+    """Every responder has too many requests waiting; `responder` was the last one tried. Nobody has begun with this."""
+
+    def __init__(self, service: str, responder: str) -> None:
+        super().__init__(
+            f"too many requests for {service!r} wait at {responder}: ask again later, or run more responders"
+        )
+        self.service = service
+        self.responder = responder
+
+
+class RemoteError(ZmqbusError):
+    """The `responder` could not do what was asked. `type` is the kind of its error, as it is called there, `text` what
+    it says."""
+
+    def __init__(self, type: str, text: str, responder: str) -> None:
+        super().__init__(f"{responder} answered with {type}{': ' * bool(text)}{text}")
+        self.type = type
+        self.text = text
+        self.responder = responder
+
+
+class ReplyMismatch(DecodeError):
+    """An answer does not fit the `type` that was asked for, or a request that of its responder. `topic` is the service,
+    `origin` the sender."""
+
+    def __init__(self, service: str, origin: int, who: str, reason: str) -> None:
+        super().__init__(service, origin, 0, reason)
+        self.args = (f"what {who} sent for {service!r} does not fit the asked type: {reason}",)
+
+
 class NotDurable(ZmqbusError):
     """Messages are not known to be on a forwarder's disk. They may be, or may yet come there: the outcome is unknown.
 
@@ -226,6 +301,16 @@ class NotDurable(ZmqbusError):
         super().__init__(f"{what} not known to be on a forwarder's disk: {reason}")
         self.unacked = unacked
         self.seq = seq
+        self.reason = reason
+
+
+class NotSettled(ZmqbusError):
+    """Acknowledged jobs are not known to be settled with their owners, `unsettled` of them. They may be; those that are
+    not are given to a worker again."""
+
+    def __init__(self, unsettled: int, reason: str) -> None:
+        super().__init__(f"{unsettled:,} acknowledged job(s) are not known to be settled: {reason}")
+        self.unsettled = unsettled
         self.reason = reason
 
 

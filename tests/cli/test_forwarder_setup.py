@@ -117,7 +117,7 @@ def test_what_is_given_wins_over_the_config_file(
     monkeypatch.setenv("ZMQBUS_BUS", "of-environment")
     assert run("forwarder", "--config", str(file), "--on-full", "reject", "--max-age", "2h")[0] == 0
     facts = [
-        (f.path, f.claims, f._retention, f._config.name, f._config.bus, [int(p[-1]) for p in f._config.peers])
+        (f.path, f.topics, f._retention, f._config.name, f._config.bus, [int(p[-1]) for p in f._config.peers])
         for f in made
     ]
     here, day = str(tmp_path / "here" / "j"), 90 * 10**9
@@ -198,7 +198,7 @@ def test_the_config_of_the_page_is_taken(
     file.write_text(block("config"))
     assert run("forwarder", "--config", str(file)) == (0, "", "")
     [forwarder] = made
-    assert (forwarder.name, forwarder.path, forwarder.claims) == (
+    assert (forwarder.name, forwarder.path, forwarder.topics) == (
         "forwarder-a",
         "/var/lib/zmqbus",
         ["logs.>", "orders.>"],

@@ -43,6 +43,7 @@ class Refusing:
     """As much of an `Ingest` as is needed to hear from the journal, again and again, that it takes nothing."""
 
     closed = None
+    unknown = None
 
     def __init__(self, error: JournalError) -> None:
         self.error = error
@@ -210,7 +211,7 @@ def test_an_inflow_that_cannot_subscribe_is_a_failure() -> None:
     """As when there is room again, but no file descriptor to be had: silence would look like health."""
     bench = Bench(JournalFailed("write", "segment", 5, "Input/output error"))
 
-    async def attach(*_: object) -> None:
+    async def attach(*_: object, **__: object) -> None:
         raise OSError(24, "Too many open files")
 
     bench.inflow._ingest = None

@@ -19,7 +19,7 @@ from zmqbus import AsyncNode, AuthError, BusKey, Node, PeerLeft, Warned
 from zmqbus.net import zap
 from zmqbus.node import engine, events
 from zmqbus.node.peers import hearing, registry
-from zmqbus.node.wiring.links import Link
+from zmqbus.node.peers.links import Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.streams import tracking
 

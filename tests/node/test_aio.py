@@ -22,6 +22,7 @@ from tests.node.test_node import VALUES
 FACES = [
     (zmqbus.Node, zmqbus.AsyncNode),
     (zmqbus.Subscription, zmqbus.AsyncSubscription),
+    (zmqbus.Worker, zmqbus.AsyncWorker),
     (zmqbus.EventStream, zmqbus.AsyncEventStream),
 ]
 
@@ -125,7 +126,7 @@ def test_a_publisher_sends_with_the_same_parameters() -> None:
 
 
 def test_whatever_may_take_time_is_awaited_and_nothing_else() -> None:
-    quick = {"publisher", "subscribe", "name", "origin", "endpoints", "peers", "events", "statistics"}
+    quick = {"publisher", "subscribe", "pull", "name", "origin", "endpoints", "peers", "events", "statistics"}
     awaited = {name for name, value in public(zmqbus.AsyncNode).items() if inspect.iscoroutinefunction(value)}
     assert awaited == public(zmqbus.AsyncNode).keys() - quick
 

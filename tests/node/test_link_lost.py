@@ -17,7 +17,7 @@ import pytest
 import zmqbus
 from tests.node.conftest import eventually
 from zmqbus.net.sockets import SocketFactory
-from zmqbus.node.wiring.links import Link
+from zmqbus.node.peers.links import Link
 
 PEER = """
 import sys, zmqbus

@@ -9,7 +9,7 @@ import sys
 BUSY_WHILE_THE_PEER_DIES = """
 import asyncio, os, signal, time, zmq
 from zmqbus.net.sockets import SocketFactory
-from zmqbus.node.wiring.links import Link
+from zmqbus.node.peers.links import Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import encode_command
 

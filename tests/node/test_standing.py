@@ -6,9 +6,9 @@ import pytest
 
 import zmqbus
 from tests.node.test_aio import run, two
+from zmqbus.node.peers.links import Link
 from zmqbus.node.peers.peering import Peering
 from zmqbus.node.receiving.feed import Feed
-from zmqbus.node.wiring.links import Link
 from zmqbus.protocol.commands import Command
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import zmqbus
+from zmqbus.node.peers.links import Link
 from zmqbus.node.peers.serving import TOPICS_PER_STATS
-from zmqbus.node.wiring.links import Link
 
 
 def test_streams_of_all_nodes_are_listed(pair: tuple[zmqbus.Node, zmqbus.Node]) -> None:

@@ -21,6 +21,7 @@ from zmqbus.protocol.commands import (
     LOG_BATCHES_MAX,
     PATTERNS_MAX,
     PEERS_PER_HELLO,
+    SERVICES_MAX,
     SUBSCRIPTIONS_MAX,
     Body,
     Command,
@@ -98,6 +99,9 @@ GOLDEN: list[tuple[Body, str]] = [
         "84 a8 636f756e74657273 83 a5 7065657273 02 a4 6c6f6164 cb 3fe0000000000000 a2 6f73 a1 78"
         "a6 746f70696373 91 93 c4 01 61 00 cd 012c a4 6d6f7265 c3 a7 637572736f7273 91 93 a1 69 0c c3",
     ),
+    (commands.Request("a.b", 300), "82 a7 73657276696365 a3 612e62 aa 74696d656f75745f6d73 cd 012c"),
+    (commands.Reply("E", "no"), "82 a5 6572726f72 a1 45 a4 74657874 a2 6e6f"),
+    (commands.Serve(["a", "b.c"]), "81 a8 7365727669636573 92 a1 61 a3 622e63"),
     (commands.Error("bus", "no"), "82 a4 636f6465 a3 627573 a6 726561736f6e a2 6e6f"),
 ]
 FULL = commands.Hello(
@@ -155,6 +159,9 @@ def test_codes_are_for_ever() -> None:
         "Offer": 15,
         "Stats": 24,
         "Statistics": 25,
+        "Request": 26,
+        "Reply": 27,
+        "Serve": 28,
         "Error": 255,
     }
 
@@ -318,6 +325,13 @@ def offering(*heads: Any) -> list[bytes]:
         ),
         (hello(peers=[(1, "x")] * PEERS_PER_HELLO), hello(peers=[(1, "x")] * (PEERS_PER_HELLO + 1))),
         (hello(peers=[(1, "x")]), hello(peers=[(1, "x", 2)])),
+        (hello(services=["x" * 255] * SERVICES_MAX), hello(services=["x"] * (SERVICES_MAX + 1))),
+        (wire(28, {"services": ["x" * 255] * SERVICES_MAX}), wire(28, {"services": ["x"] * (SERVICES_MAX + 1)})),
+        (wire(28, {"services": []}), wire(28, {"services": [""]})),
+        (wire(26, {"service": "x" * 255}), wire(26, {"service": ""})),
+        (wire(26, {"service": "x", "timeout_ms": BIG}), wire(26, {"service": "x", "timeout_ms": -1})),
+        (wire(27, {"error": "x" * 255, "text": "x" * 10_000}), wire(27, {"error": "x" * 256})),
+        (wire(27, {}), wire(27, {"text": "x" * 10_001})),
         (wire(4, {"id": 0, "patterns": ["a"] * PATTERNS_MAX}), wire(4, {"id": 0, "patterns": ["a"] * 257})),
         (wire(4, {"id": 0, "patterns": ["x" * 255]}), wire(4, {"id": 0, "patterns": ["x" * 256]})),
         (wire(6, heads(HEADS_PER_COMMAND)), wire(6, heads(HEADS_PER_COMMAND + 1))),
@@ -349,7 +363,7 @@ def offering(*heads: Any) -> list[bytes]:
         (wire(255, {"code": "x" * 64, "reason": ""}), wire(255, {"code": "x" * 65, "reason": ""})),
         (wire(255, {"code": "", "reason": "x" * 1000}), wire(255, {"code": "", "reason": "x" * 1001})),
     ],
-    ids=range(48),
+    ids=range(55),
 )
 def test_bounds(good: list[bytes], bad: list[bytes]) -> None:
     assert len(good[1]) <= BODY_BYTES_MAX

@@ -12,22 +12,26 @@ from typing import Literal
 from zmqbus.errors import TopicError, ZmqbusError
 from zmqbus.forwarder.figures import NOTE_PERIOD, Pace, median_and_longest_ms
 from zmqbus.forwarder.inflow import Inflow
+from zmqbus.forwarder.queues import Queues
+from zmqbus.forwarder.queues.graves import dead_claims
 from zmqbus.forwarder.readings import Readings
 from zmqbus.journal import Commit, Journal, Retention
 from zmqbus.net.clock import now, time_ns
 from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
-from zmqbus.node.events import AsyncEventStream, Warned
+from zmqbus.node.events import AsyncEventStream, Event, Warned
+from zmqbus.node.peers.links import Inbox
 from zmqbus.node.peers.serving import Counters
 from zmqbus.node.storing.committer import Committer
 from zmqbus.node.storing.worker import Worker
-from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PATTERNS_MAX, Command, QueueFigures
+from zmqbus.protocol.members.peers import PeerLeft
 from zmqbus.protocol.topics import check_pattern
 
 CLOSE_TIMEOUT = 5.0
+TOPICS_MAX = PATTERNS_MAX // 2  # each is claimed twice: dead letters have topics of their own
 
 
 class Forwarder:
@@ -66,11 +70,11 @@ class Forwarder:
     ) -> None:
         for pattern in topics:
             check_pattern(pattern)
-        if not 0 < len(topics) <= PATTERNS_MAX:
-            raise TopicError(
-                " ".join(topics[:5]), f"a forwarder claims 1 to {PATTERNS_MAX} patterns; '>' is everything"
-            )
-        self.claims = list(topics)
+        if not 0 < len(topics) <= TOPICS_MAX:
+            raise TopicError(" ".join(topics[:5]), f"a forwarder claims 1 to {TOPICS_MAX} patterns; '>' is everything")
+        self.topics = list(topics)
+        self.claims = self.topics + dead_claims(topics)
+        """What it was told to claim, and dead letters of that."""
         self.path = str(journal)
         self.journal = 0
         """The number of its journal, once open."""
@@ -103,8 +107,14 @@ class Forwarder:
             journal, loop, self._writing, self._committed, self._inflow.room, self._failed
         )
         self._readings = Readings(journal, loop, self._reading, self._committer, self._warn)
+        self._queues = self._inflow.queues = Queues(
+            journal, loop, self._engine, self._committer, self._reading, self.topics, self._warn, self._failed
+        )
+        self._queues.on_forgotten = self._inflow.distrust
         try:
+            self._queues.open()
             await self._engine.open()
+            self._engine.outlet.claimed(journal.number, dead_claims(self.topics))  # of what we publish ourselves
         except BaseException:
             await self._close_journal()
             raise
@@ -118,12 +128,15 @@ class Forwarder:
             return
         if self._noting is not None:
             self._noting.cancel()
+        self._queues.stop()
         self._inflow.stop()
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
                     await self._committer.settle()
+                    await self._queues.close()
             self._inflow.tell_now()
+            self._engine.outlet.claimed(self.journal, [])
             await self._engine.close(timeout)
         finally:
             await self._close_journal()
@@ -131,6 +144,7 @@ class Forwarder:
     async def _close_journal(self) -> None:
         journal, self._store = self._store, None
         assert journal is not None
+        self._queues.stop()
         await self._committer.close()
         self._readings.close()
         await asyncio.to_thread(self._reading.close)
@@ -230,11 +244,12 @@ class Forwarder:
 
     def cursors(self) -> list[tuple[str, int, bool]]:
         """Name, offset, and whether somebody reads under it."""
-        return self._readings.cursors()
+        ours = self._queues.cursors()
+        return [(name, *ours.get(name, (offset, busy))) for name, offset, busy in self._readings.cursors()]
 
     def queues(self) -> list[QueueFigures]:
         """What is to be done, by queue and group."""
-        return []
+        return self._queues.figures()
 
     # --- out ---------------------------------------------------------------------------------------
 
@@ -243,17 +258,20 @@ class Forwarder:
         if isinstance(command.body, commands.Offer):
             self._inflow.offered(origin, command.body)
             return True
-        return self._readings.serve(inbox, identity, origin, command)
+        return self._queues.serve(identity, origin, command) or self._readings.serve(inbox, identity, origin, command)
 
-    def left(self, origin: int) -> None:
-        """A peer is no longer there, and reads no more."""
-        self._readings.left(origin)
+    def heard(self, event: Event) -> None:
+        """Who is no longer there reads no more, and does no jobs."""
+        self._queues.heard(event)
+        if isinstance(event, PeerLeft):
+            self._readings.left(event.peer.origin)
 
     # --- inside ------------------------------------------------------------------------------------
 
     def _committed(self, commit: Commit) -> None:
         self._inflow.committed(commit)
         self._readings.grown()
+        self._queues.grown(commit)
 
     def _turn_soon(self) -> None:
         self._loop.call_soon(self._engine.outlet.flush_all)
@@ -265,4 +283,5 @@ class Forwarder:
         assert self._failure is not None
         if not self._failure.done():
             self._failure.set_exception(error if isinstance(error, ZmqbusError) else ZmqbusError(repr(error)))
+        self._queues.stop()
         self._inflow.stop()

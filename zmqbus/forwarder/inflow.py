@@ -6,6 +6,8 @@ publish and receive find a processor that is free, and the disk is not synced fo
 
 A journal without room ends the subscription, so that publishers need not wait for us; what they have not been told is
 safe they keep. When there is room again it is subscribed anew, and fetched from where the journal ends.
+
+The first message of a queue waits, and all behind it, until the queue is written down: its place holds the journal.
 """
 
 from __future__ import annotations
@@ -14,23 +16,25 @@ import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from zmqbus.errors import JournalError, NodeClosed, NoSpace
+from zmqbus.errors import JournalError, NodeClosed, NoSpace, TopicError
 from zmqbus.forwarder.acks import Acks
 from zmqbus.forwarder.ingest import Ingest, JournalTracker
+from zmqbus.forwarder.queues import Queues
 from zmqbus.journal import Commit, Journal
 from zmqbus.net.clock import now
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import Warned
+from zmqbus.node.peers.links import Link
 from zmqbus.node.receiving.feed import Feed
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.storing.committer import Committer
-from zmqbus.node.wiring.links import Link
 from zmqbus.protocol import commands
 
 ATTENTIVE = 1.0  # seconds for which everything is done at once, after somebody has waited for something
 RELAXED = 0.005  # seconds between two looks at the socket, when nobody does
 RELAXED_BATCHES = 24  # more than that since the last look is no trickle: the queue holds 64 on either side
 ACK_LINGER = 0.02  # seconds that an acknowledgement may take that nobody waits for
+REFUSED_PERIOD = 30.0  # seconds after which a queue for which there was no cursor is tried once more
 ROOM_PERIOD = 1.0  # seconds between two times of saying that there is no room: others come, and what was said gets lost
 ACK_COMMITS = 4  # or so many commits, which then are of 1 MiB: publishers have a bound on what is not acknowledged
 
@@ -47,6 +51,7 @@ class Inflow:
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self.committer: Committer  # set by whoever makes both
+        self.queues: Queues  # likewise
         self._journal = journal
         self._engine = engine
         self._claims = claims
@@ -59,6 +64,8 @@ class Inflow:
         self._look: asyncio.Handle | None = None  # the next, if not when something arrives
         self._ack_timer: asyncio.TimerHandle | None = None
         self._room_timer: asyncio.TimerHandle | None = None
+        self._founding: asyncio.Task[None] | None = None  # of a queue: nothing is taken meanwhile
+        self._again: asyncio.TimerHandle | None = None  # for what was refused
         self._untold = 0  # commits since publishers were told
         self._attentive_until = 0.0
         self._urgent = False
@@ -73,15 +80,24 @@ class Inflow:
 
     def stop(self) -> None:
         """Take what has arrived, and then no more."""
+        self._drain()
+        self._detach()
+        for handle in (self._look, self._ack_timer, self._room_timer, self._again, self._founding):
+            if handle is not None:
+                handle.cancel()
+
+    def distrust(self) -> None:
+        """Queues may be gone that were known."""
+        if self._ingest is not None:
+            self._ingest.distrust()
+
+    def _detach(self) -> None:
+        """Unsubscribe."""
         if self._opening is not None:
             self._opening.cancel()
-        self._drain()
         if (ingest := self._ingest) is not None:
             self._engine.dispose(ingest)
             self._ingest = None
-        for handle in (self._look, self._ack_timer, self._room_timer):
-            if handle is not None:
-                handle.cancel()
 
     def committed(self, commit: Commit) -> None:
         """More is on disk."""
@@ -103,11 +119,7 @@ class Inflow:
             self.start()
             return
         self._engine.emit(Warned(f"{self._journal.full}; nothing more is accepted until there is room"))
-        if self._opening is not None:
-            self._opening.cancel()
-        if (ingest := self._ingest) is not None:
-            self._engine.dispose(ingest)
-            self._ingest = None
+        self._detach()
 
     def offered(self, keeper: int, offer: commands.Offer) -> None:
         """A node has messages of one that is no more. They are fetched and acknowledged as if they were its own."""
@@ -123,12 +135,13 @@ class Inflow:
 
     async def _attach(self) -> None:
         def make(number: int, feed: Feed) -> Intake:
-            ingest = self._ingest = Ingest(number, self._claims, feed, self._engine, self._tracker, self._journal)
+            tail = self.queues.tail
+            ingest = self._ingest = Ingest(number, self._claims, feed, self._engine, self._tracker, self._journal, tail)
             ingest.before_close = partial(self._watch, False)
             return ingest
 
         try:  # waits for the slowest peer; what others send is taken meanwhile
-            await self._engine.attach(self._claims, make, self._look_now)
+            await self._engine.attach(self._claims, make, self._look_now, internal=True)
         except NodeClosed:
             pass
         except Exception as error:  # no socket to be had, say: it takes nothing in, and must not seem to
@@ -161,7 +174,7 @@ class Inflow:
         if self._look is not None:
             self._look.cancel()
             self._look = None
-        if ingest is None or ingest.closed is not None or self._stopped:
+        if ingest is None or ingest.closed is not None or self._stopped or self._founding is not None:
             return
         try:
             ingest.take(0)
@@ -179,6 +192,9 @@ class Inflow:
             self._attentive_until = now() + ATTENTIVE
         self._urgent = now() < self._attentive_until
         self.committer.pump(self._urgent)
+        if ingest.unknown is not None:
+            self._founding = self._loop.create_task(self._found(ingest, ingest.unknown))
+            return
         self._stopped = ingest.is_behind  # the next commit goes on here
         pause = self._pause(ingest)
         delay, due = pause, ingest.timer()
@@ -194,6 +210,39 @@ class Inflow:
         if ingest.has_more:
             return 0.0
         return RELAXED if 0 < ingest.taken <= RELAXED_BATCHES and not self._urgent else None
+
+    async def _found(self, ingest: Ingest, topic: bytes) -> None:
+        """Something was pushed on a topic for the first time."""
+        try:
+            refusal: Exception | None = None
+            try:
+                await self.queues.found(topic)
+            except (NoSpace, ValueError, TopicError) as error:
+                refusal = error
+                self._refuse_queue(topic, error)
+            finally:
+                self._founding = None
+            if self._ingest is ingest:
+                ingest.met(refused=refusal is not None)
+        except NoSpace:
+            self.committer.check_room()
+        except JournalError as error:
+            self._on_failure(error)
+            return
+        self._drain()
+
+    def _refuse_queue(self, topic: bytes, reason: Exception) -> None:
+        name = topic.decode(errors="replace")
+        self._engine.emit(Warned(f"nothing that is pushed on {name} is accepted: {reason}"))
+        if self._again is None:
+            self._again = self._loop.call_later(REFUSED_PERIOD, self._start_again)
+
+    def _start_again(self) -> None:
+        """Subscribed anew, what was refused comes once more, and may be accepted this time."""
+        self._again = None
+        if self._ingest is not None and self._founding is None:
+            self._detach()
+            self.start()
 
     def _refuse_streams(self, reason: NoSpace) -> None:
         if not self._refuses_streams:
@@ -220,7 +269,9 @@ class Inflow:
             self._ack_timer = None
         self._untold = 0
         for origin, ack in self._acks.take(self.committer.full):
-            if (link := self._link(origin)) is not None:
+            if origin == self._engine.origin:
+                self._engine.outlet.acked(ack.journal, ack.heads, ack.full)
+            elif (link := self._link(origin)) is not None:
                 link.send(ack)
 
     def _tell_room(self) -> None:

@@ -1,6 +1,7 @@
 """The forwarder's subscription: batches off the socket, in order and once, into the journal. Nothing is decoded.
 
 A gap ends in a repair or in an exact `Gap`, as for every subscriber; only then a later batch is accepted behind it.
+What is pushed is accepted when its queue is known, which is somebody else's business: until then nothing is taken.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from zmqbus.errors import RemoteProtocolError
+from zmqbus.forwarder.queues.tail import Tail
 from zmqbus.journal import Appended, Journal
 from zmqbus.node.receiving.feed import Feed
-from zmqbus.node.receiving.intake import Driver, Intake
-from zmqbus.protocol.frames import HEADER_BYTES, Batch
+from zmqbus.node.receiving.intake import NO_STREAM, Driver, Intake
+from zmqbus.protocol.frames import HEADER_BYTES, QUEUED, Batch
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.streams.stream import Gap, Stream
 from zmqbus.protocol.streams.tracking import Tracker
@@ -55,10 +57,22 @@ class Ingest(Intake):
     """`take` appends to the journal what there is, and returns None when that is all."""
 
     def __init__(
-        self, number: int, patterns: Sequence[str], feed: Feed, driver: Driver, tracker: Tracker, journal: Journal
+        self,
+        number: int,
+        patterns: Sequence[str],
+        feed: Feed,
+        driver: Driver,
+        tracker: Tracker,
+        journal: Journal,
+        tail: Tail,
     ) -> None:
         super().__init__(number, patterns, feed, driver, tracker)
+        self.unknown: bytes | None = None
+        """A topic that something was pushed on, and that is no queue yet. It is to be made one, or to be refused."""
+        self._unknown: tuple[Stream, Batch] | None = None  # what was
+        self._refused: set[bytes] = set()
         self._journal = journal
+        self._tail = tail
         self.taken = 0
         """Batches that the last `take` appended."""
         self.has_more = False
@@ -73,6 +87,20 @@ class Ingest(Intake):
         enough = super().take(patience_ms)
         self.has_more = enough is not None
         return enough
+
+    def met(self, refused: bool = False) -> None:
+        """The unknown topic is a queue now. `refused`: it cannot be one, so that nothing of it is accepted."""
+        assert self._unknown is not None
+        stream, batch = self._unknown
+        self.unknown = self._unknown = None
+        if refused:
+            self._refused.add(batch.topic)
+        else:
+            self._append(stream, batch)
+
+    def distrust(self) -> None:
+        """Queues may be unknown that were known."""
+        self._stream, self._head, self._body = NO_STREAM
 
     @property
     def is_behind(self) -> bool:
@@ -96,12 +124,30 @@ class Ingest(Intake):
         except ValueError:
             appended = None
         if appended is not Appended.ACCEPTED:
-            self._append(stream, Batch(topic, 0, size, origin, first, time_ns, (frame,)))
+            self._append(stream, Batch(topic, self._flags, size, origin, first, time_ns, (frame,)))
+        elif self._tail.watched:
+            self._tell(Batch(topic, self._flags, size, origin, first, time_ns, (frame,)))
         return self._accepted(size)
+
+    @property
+    def _flags(self) -> int:
+        """Of the frames that `_decode` is for."""
+        return int.from_bytes(self._head[-2:], "little")
+
+    def _tell(self, batch: Batch) -> None:
+        """It was appended."""
+        if self._tail.add(self._journal.next_offset - batch.count, batch):
+            self.asked = True  # workers are waiting
 
     def _decode_batch(self, topic: str, batch: Batch, skip: int) -> Message | None:
         stream = self.tracker.streams[batch.topic, batch.origin]
         assert stream is not None
+        if batch.flags & QUEUED and batch.topic not in self._tail.queues:
+            self.distrust()  # so that what follows comes by here as well
+            if batch.topic in self._refused:
+                return self._accepted(0)
+            self.unknown, self._unknown = batch.topic, (stream, batch)
+            return ENOUGH
         self._append(stream, batch)
         return self._accepted(batch.count)
 
@@ -122,7 +168,10 @@ class Ingest(Intake):
             self._driver.garbage(RemoteProtocolError(f"{stream.topic}: {error}"))
             self._lost(Gap(stream.topic, origin, first, batch.end - 1))
             return
-        if appended is Appended.GAP:
+        if appended is Appended.ACCEPTED:
+            if self._tail.watched:
+                self._tell(batch)
+        elif appended is Appended.GAP:
             if self._journal.full is not None:  # what is missing was refused a moment ago, and will come again
                 raise self._journal.full
             # Known to be lost, and reported; or it was published before we came, and is in no history any more.

@@ -14,10 +14,10 @@ from typing import Any
 from zmqbus.errors import JournalCorrupt, JournalError, NoSpace, TopicError
 from zmqbus.journal import Batch, Cursor, Journal, Reader, find_time
 from zmqbus.net.clock import now
+from zmqbus.node.peers.links import Inbox
 from zmqbus.node.storing.committer import Committer
 from zmqbus.node.storing.fetching import answer_fetch
 from zmqbus.node.storing.worker import Worker
-from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import END, LOG_BATCHES_MAX, Command, Error, Log
 from zmqbus.protocol.topics import Matcher, check_pattern

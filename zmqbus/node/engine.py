@@ -33,26 +33,27 @@ from zmqbus.node import RELEASE
 from zmqbus.node.config import Config
 from zmqbus.node.events import Event, Listener, Listeners, TopicInfo, Undelivered, Warned
 from zmqbus.node.peers.counting import count
+from zmqbus.node.peers.links import Inbox, Link
 from zmqbus.node.peers.peering import Peering
 from zmqbus.node.peers.serving import Counters, Extension, Service
 from zmqbus.node.peers.survey import survey
+from zmqbus.node.publishing.broadcast import Broadcast
 from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
-from zmqbus.node.queues.owner import Owner
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.receiving.repairs import fetch_all
 from zmqbus.node.receiving.replays import Replays
 from zmqbus.node.storing.outbox import Outbox
-from zmqbus.node.wiring.broadcast import Broadcast
-from zmqbus.node.wiring.links import Inbox, Link
+from zmqbus.node.work.queues.owner import Owner
+from zmqbus.node.work.queues.workers import Workers
+from zmqbus.node.work.requests.exchange import Exchange
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import BODY_BYTES_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX, Body, Command
-from zmqbus.protocol.members.peers import Peer, PeerLeft
+from zmqbus.protocol.members.peers import Peer, PeerJoined, PeerLeft
 from zmqbus.protocol.streams.history import History
 from zmqbus.protocol.streams.stream import Fetch, Gap
-from zmqbus.protocol.streams.tracking import Tracker
 from zmqbus.protocol.topics import Matcher, check_pattern, covering_prefixes
 
 HEARTBEAT_PERIOD = 1.0
@@ -84,15 +85,13 @@ class Engine:
         self.intakes: dict[int, Intake] = {}
         self.refusal: ZmqbusError | None = NodeClosed(f"node {config.name!r} is not open")
         self.replays = Replays(self, loop)
+        self.workers = Workers(self, loop)
         self.on_link_lost: list[Callable[[int], None]] = []
         """Told of a peer, by origin, to which a guarded link was lost: what was in flight, either way, may be lost.
-
-        More is not known: the peer may be dead, or there again in a moment, and then it is as if nothing had been."""
+        It may be dead, or there again in a moment, and then it is as if nothing had been."""
         self._loop = loop
         self._in_turns = in_turns
         self._extension = extension
-        self.local: Callable[[Command], None] = lambda command: None
-        """Takes what our own workers are sent."""
         self._forwarders: tuple[tuple[int, Callable[[str], bool]], ...] = ()  # origin, and whether it claims a topic
         self._factory = SocketFactory(config.key)
         self._zap: ZapHandler | None = None
@@ -138,7 +137,8 @@ class Engine:
         self.outlet = Outlet(broadcast, self.origin, history, config.acks, self._start_ticking, self._in_turns)
         gives_out = config.outbox is None and self._extension is None
         self.jobs = Owner(self, self._loop, gives_out)
-        self.on_link_lost.append(self.jobs.lost)
+        self.requests = Exchange(self, self._loop, config.name)
+        self.on_link_lost += [self.jobs.lost, self.workers.lost, self.requests.asking.lost]
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
             await strangers_are_refused(
@@ -189,14 +189,15 @@ class Engine:
         outlet = self.outlet
         outlet.refuse(self.refusal)
         outlet.flush_all()
+        self.requests.asking.close(self.refusal)
         deadline = now() + timeout
         try:
             while not outlet.push() and now() < deadline:
                 await asyncio.sleep(TICK)
-            while (self._forwarders or self._outbox is not None) and unacked(outlet) and now() < deadline:
+            await self.workers.leave(max(0.0, deadline - now()))
+            while (self.jobs.left or ((self._forwarders or self._outbox) and unacked(outlet))) and now() < deadline:
                 await asyncio.sleep(TICK)
-            while self.jobs.left and now() < deadline:
-                await asyncio.sleep(TICK)
+            await self.requests.answering.leave(max(0.0, deadline - now()))
             await self.replays.leave(self.refusal, max(0.0, deadline - now()))
             late = await self.peering.leave(max(0.0, deadline - now()))
             undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]
@@ -207,6 +208,7 @@ class Engine:
             for intake in list(self.intakes.values()):
                 intake.close(self.refusal)
             self.replays.end(self.refusal)
+            self.workers.end()
             await self._shut()
             for listener in self._listeners.present:
                 listener.close()
@@ -245,6 +247,7 @@ class Engine:
         for intake in self.intakes.values():
             intake.forked(self.refusal)
         self.replays.forked(self.refusal)
+        self.workers.forked(self.refusal)
 
     # --- timers ----------------------------------------------------------------------------------
 
@@ -278,38 +281,18 @@ class Engine:
 
     # --- subscriptions ---------------------------------------------------------------------------
 
-    async def subscribe(
+    async def attach(
         self,
         patterns: Sequence[str],
-        *,
-        value_type: Any,
-        history: int,
-        on_gap: str,
-        observe: bool,
-        wake: Callable[[], None] | None = None,
+        make: Callable[[int, Feed], Intake],
+        wake: Callable[[], None] | None,
+        internal: bool = False,
     ) -> Intake:
-        """Open a subscription; done when every known publisher has registered it.
+        """Open a subscription of the kind that `make` makes; done when every known publisher has registered it.
 
         `wake`: to be called when there is something to do. None: its consumer sleeps in the socket.
+        `internal`: to reserved topics as well.
         """
-        if not isinstance(history, int) or history < 0:
-            raise SetupError(f"history={history!r}: use a whole number, 0 or more")
-        if on_gap not in ("skip", "raise"):
-            raise SetupError(f"on_gap={on_gap!r}: use 'skip' or 'raise'")
-
-        def make(number: int, feed: Feed) -> Intake:
-            tracker = Tracker(patterns, self.sources, history=history)
-            raises = on_gap == "raise"
-            return Intake(
-                number, patterns, feed, self, tracker, value_type=value_type, raise_gaps=raises, observes=observe
-            )
-
-        return await self.attach(patterns, make, wake)
-
-    async def attach(
-        self, patterns: Sequence[str], make: Callable[[int, Feed], Intake], wake: Callable[[], None] | None
-    ) -> Intake:
-        """Open a subscription of the kind that `make` makes, and have it registered. Otherwise as `subscribe`."""
         if not patterns:
             raise TopicError("", "give at least one pattern; '>' is everything")
         if len(patterns) > PATTERNS_MAX or len(self.intakes) >= SUBSCRIPTIONS_MAX:
@@ -317,7 +300,7 @@ class Engine:
                 f"at most {PATTERNS_MAX} patterns to a subscription, and {SUBSCRIPTIONS_MAX} subscriptions to a node"
             )
         for pattern in patterns:
-            check_pattern(pattern)
+            check_pattern(pattern, internal=internal)
         socket = self._factory.sub(FRAMES_QUEUED)
         for prefix in covering_prefixes(patterns):
             socket.subscribe(prefix)
@@ -378,7 +361,7 @@ class Engine:
     def answer(self, identity: bytes, body: Body, request: int, parts: Sequence[bytes]) -> bool:
         """Send to whoever asked; b"" is one of our own workers."""
         if not identity:
-            self._loop.call_soon(self.local, Command(request, body, list(parts)))
+            self._loop.call_soon(self.workers.local, Command(request, body, list(parts)))
             return True
         return self._inbox is not None and self._inbox.answer(identity, body, request, parts)
 
@@ -423,7 +406,12 @@ class Engine:
 
     def serve(self, identity: bytes, origin: int, command: Command) -> None:
         """A command that is not about peering."""
-        self._service.serve(identity, origin, command)
+        if not self.requests.serve(identity, origin, command):
+            self._service.serve(identity, origin, command)
+
+    def introduced(self, origin: int) -> None:
+        """A peer answered HELLO."""
+        self.workers.attend(origin)
 
     def guard(self, origin: int) -> bool:
         """Have `on_link_lost` told of this peer from now on, until its link is lost for good: ask for it each time that
@@ -449,13 +437,6 @@ class Engine:
             raise WaitTimeout("peer(s)", len(self.peering.peers()), n, timeout or 0.0)
         return self.peering.peers()
 
-    async def wait_for_subscribers(self, topic: str, n: int, timeout: float | None, observers: bool) -> int:
-        """Wait until a topic has at least `n` subscriptions."""
-        registry = self.peering.registry
-        if not await registry.until(lambda: registry.subscribers(topic, observers) >= n, timeout):
-            raise WaitTimeout(f"subscriber(s) of {topic}", registry.subscribers(topic, observers), n, timeout or 0.0)
-        return registry.subscribers(topic, observers)
-
     def _all_counters(self) -> Counters:
         return {**self.counters(), **(self._extension.counters() if self._extension is not None else {})}
 
@@ -465,9 +446,15 @@ class Engine:
 
     def counters(self) -> dict[str, int | float]:
         """Counters since start."""
-        own = count(self.outlet, self.intakes.values(), self.replays, self._service)
+        own = count(self.outlet, self.intakes.values(), self.replays, self.workers, self._service)
         more = self._outbox.counters() if self._outbox is not None else {}
-        return {"peers": len(self.peering.peers()), **own, "warnings": self._warnings, **more}
+        return {
+            "peers": len(self.peering.peers()),
+            **own,
+            "warnings": self._warnings,
+            **self.requests.counters(),
+            **more,
+        }
 
     async def topics(self, patterns: Sequence[str], timeout: float) -> list[TopicInfo]:
         """The streams of every peer and our own that fit. Peers that do not answer are warned of."""
@@ -487,7 +474,10 @@ class Engine:
     def emit(self, event: Event) -> None:
         """Tell every listener."""
         self._listeners.emit(event)
-        if isinstance(event, PeerLeft):
+        if isinstance(event, PeerJoined):
+            self.workers.attend(event.peer.origin)
+        elif isinstance(event, PeerLeft):
+            self.workers.left(event.peer.origin)
             self.jobs.left_by(event.peer.origin)
-            if self._extension is not None:
-                self._extension.left(event.peer.origin)
+        if self._extension is not None:
+            self._extension.heard(event)

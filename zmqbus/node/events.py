@@ -87,7 +87,19 @@ class LogGap(msgspec.Struct, frozen=True, gc=False):
         return self.last - self.first + 1
 
 
-Event = PeerJoined | PeerLeft | ForwarderUp | ForwarderDown | DuplicateName | Gap | LogGap | CaughtUp | Warned
+class JobRefused(msgspec.Struct, frozen=True, gc=False):
+    """A job was acknowledged and is not settled by that: its lease had run out and another worker has it, or its owner
+    lost sight of this one. It is done once more."""
+
+    topic: str
+    origin: int
+    seq: int
+    attempt: int
+
+
+Event = (
+    PeerJoined | PeerLeft | ForwarderUp | ForwarderDown | DuplicateName | Gap | LogGap | CaughtUp | JobRefused | Warned
+)
 
 
 class Listener(Protocol):

@@ -23,6 +23,8 @@ The answer carries the request id of what it answers. A command that is not unde
     JOIN                  JOB, again and again, within the credit
     DONE, FAIL            SETTLED, and within more credit more JOB
     EXTEND, LEAVE         nothing
+    SERVE                 SERVE, once it is noted
+    REQUEST               REPLY
     BYE                   BYE, once the peer has all it is owed
     STATS                 STATISTICS
     anything              ERROR, if it cannot be done
@@ -49,6 +51,8 @@ PATTERNS_MAX = 256  # of one subscription
 LOG_BATCHES_MAX = 4096  # of one LOG
 QUEUES_PER_STATISTICS = 1000
 DELIVERIES_MAX = 4096  # of one JOB, DONE or FAIL
+SERVICES_MAX = 256  # that one node responds to
+REQUEST_BYTES_MAX = 1_000_000  # value, or headers, of one REQUEST: an inbox takes no part much larger than a body
 END = 2**64 - 1  # as an offset: where the journal ends now
 
 U64 = Annotated[int, Meta(ge=0)]  # msgpack itself ends at 2**64 - 1
@@ -92,6 +96,7 @@ class Hello(Body):
     journal: U64 = 0  # a number that a forwarder's journal keeps for ever; 0: there is none
     subscriptions: Annotated[list[Subscribed], Meta(max_length=SUBSCRIPTIONS_MAX)] = []
     peers: Annotated[list[tuple[U64, Endpoint]], Meta(max_length=PEERS_PER_HELLO)] = []
+    services: Annotated[list[Name], Meta(max_length=SERVICES_MAX)] = []  # that it responds to, until SERVE
 
 
 class Welcome(Hello):
@@ -276,6 +281,29 @@ class Leave(Body):
     id: U64
 
 
+class Serve(Body):
+    """The asker responds to requests for these services, and from now on for no others. The answer is the same."""
+
+    services: Annotated[list[Name], Meta(max_length=SERVICES_MAX)]
+
+
+class Request(Body):
+    """Do this once, and answer with what comes of it. Never said again.
+
+    The value is the part that follows, packed; headers, if there are any, are one more, a packed map.
+    """
+
+    service: Name
+    timeout_ms: U64 = 0  # after so long nobody waits for the answer any more; 0: no limit
+
+
+class Reply(Body):
+    """What came of a REQUEST: the value in the part that follows, packed; or an error, and why."""
+
+    error: Annotated[str, Meta(max_length=255)] = ""  # its type; "": there is none
+    text: Annotated[str, Meta(max_length=10_000)] = ""
+
+
 class Bye(Body):
     """The asker leaves, and has sent HEADS as the last word on its streams. The answer: all of it has arrived."""
 
@@ -345,6 +373,9 @@ BODIES: dict[int, type[Body]] = {
     22: Leave,
     24: Stats,
     25: Statistics,
+    26: Request,
+    27: Reply,
+    28: Serve,
     255: Error,
 }
 _CODES = {body: code for code, body in BODIES.items()}

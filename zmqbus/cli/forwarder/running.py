@@ -38,7 +38,7 @@ def opening(forwarder: Forwarder, bus: str) -> str:
         offsets = f"empty, the next offset is {following}" if following else "new"
     torn = forwarder.quarantined
     return (
-        f"forwarder {escape(forwarder.name)} on bus {bus!r} claims {escape(' '.join(forwarder.claims))}; "
+        f"forwarder {escape(forwarder.name)} on bus {bus!r} claims {escape(' '.join(forwarder.topics))}; "
         f"journal {escape(forwarder.path)}: {offsets}, {_journal(figures)}"
         + (f"; a torn end, of which nobody was promised anything, is in {escape(', '.join(torn))}" if torn else "")
         + f"; inbox {forwarder.endpoints['inbox']}, pub {forwarder.endpoints['pub']}"

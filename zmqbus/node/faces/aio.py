@@ -24,11 +24,13 @@ from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import AsyncEventStream, TopicInfo, Undelivered
 from zmqbus.node.faces.aio_subscription import AsyncLogSubscription, AsyncSubscription
+from zmqbus.node.faces.aio_worker import AsyncWorker
 from zmqbus.node.faces.node import CLOSE_TIMEOUT, NOT_LIVE
+from zmqbus.node.faces.requests.aio import AsyncRequesting
 from zmqbus.node.publishing import durability
 from zmqbus.node.publishing.durability import room
 from zmqbus.node.publishing.publisher import SMALL, TICK, Publisher
-from zmqbus.node.queues.owner import delayed
+from zmqbus.node.work.queues.owner import delayed
 from zmqbus.protocol.members.peers import Peer
 
 
@@ -57,7 +59,7 @@ class AsyncPublisher:
         return seq
 
 
-class AsyncNode:
+class AsyncNode(AsyncRequesting):
     """`Node` for asyncio: `async with AsyncNode("web1") as node: await node.publish("logs.web1", "…")`.
 
     Takes the same arguments and raises the same errors as `Node`, on entering or at `await node.open()`. Belongs to the
@@ -245,6 +247,21 @@ class AsyncNode:
             raise SetupError(NOT_LIVE)
         return AsyncLogSubscription(self, patterns, type, start, durable, on_gap)
 
+    # --- queues ----------------------------------------------------------------------------------
+
+    def pull(
+        self,
+        queue: str,
+        *,
+        group: str = "workers",
+        credit: int | None = None,
+        lease: float = 30.0,
+        type: Any = None,
+        start: str | int | datetime | None = None,
+    ) -> AsyncWorker:
+        """See `Node.pull`; the result can be iterated, entered, or awaited."""
+        return AsyncWorker(self, queue, group, credit, lease, type, start)
+
     # --- the bus ---------------------------------------------------------------------------------
 
     @property
@@ -274,7 +291,7 @@ class AsyncNode:
         self, topic: str, n: int = 1, timeout: float | None = None, *, observers: bool = False
     ) -> int:
         """See `Node.wait_for_subscribers`."""
-        return await self._at_home().wait_for_subscribers(topic, n, timeout, observers)
+        return await self._at_home().peering.registry.wait_for_subscribers(topic, n, timeout, observers)
 
     async def topics(self, *patterns: str, timeout: float = 2.0) -> list[TopicInfo]:
         """See `Node.topics`."""

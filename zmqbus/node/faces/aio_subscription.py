@@ -15,6 +15,7 @@ from zmqbus.node.faces.subscription import NO_CURSOR
 from zmqbus.node.publishing.publisher import TICK
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.receiving.replay import Position, Replay
+from zmqbus.node.receiving.subscribing import subscribe
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.streams.stream import Gap
 
@@ -135,8 +136,14 @@ class AsyncSubscription:
 
     async def _register(self) -> Intake:
         patterns, value_type, history, on_gap, observe = self._asked
-        intake = await self._node._at_home().subscribe(
-            patterns, value_type=value_type, history=history, on_gap=on_gap, observe=observe, wake=self._bell.ring
+        intake = await subscribe(
+            self._node._at_home(),
+            patterns,
+            value_type=value_type,
+            history=history,
+            on_gap=on_gap,
+            observe=observe,
+            wake=self._bell.ring,
         )
         self._intake = intake
         if intake.closed is None:

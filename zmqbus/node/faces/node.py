@@ -25,11 +25,13 @@ from zmqbus.net.keys import BusKey
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import EventStream, TopicInfo, Undelivered
+from zmqbus.node.faces.requests.sync import Requesting
 from zmqbus.node.faces.subscription import LogSubscription, Subscription
+from zmqbus.node.faces.worker import Worker
 from zmqbus.node.publishing.durability import publish_durably, wait_for_room, wait_until_all_durable
 from zmqbus.node.publishing.publisher import SMALL, Publisher
-from zmqbus.node.queues.owner import delayed
 from zmqbus.node.receiving.intake import Intake
+from zmqbus.node.work.queues.owner import delayed
 from zmqbus.protocol.members.peers import Peer
 
 T = TypeVar("T")
@@ -41,7 +43,7 @@ NOT_LIVE = (
 _nodes: weakref.WeakSet[Node] = weakref.WeakSet()
 
 
-class Node:
+class Node(Requesting):
     """One participant of a bus: publishes, subscribes, and finds the others by itself.
 
     Args:
@@ -263,6 +265,36 @@ class Node:
             with contextlib.suppress(NodeClosed):
                 self._call(self._engine.unsubscribe(intake))
 
+    # --- queues ----------------------------------------------------------------------------------
+
+    def pull(
+        self,
+        queue: str,
+        *,
+        group: str = "workers",
+        credit: int | None = None,
+        lease: float = 30.0,
+        type: Any = None,
+        start: str | int | datetime | None = None,
+    ) -> Worker:
+        """Take jobs: what was pushed on a topic, or on all that fit a pattern, each handed to one worker only; and of
+        what is published there, the share of this member of its group. They come from all nodes and forwarders.
+
+        Args:
+            group: who pulls the same by the same name shares it.
+            credit: how many unfinished jobs this worker may have, of each node that has jobs; if several have, they
+                share it. None: as many as keep it busy, which is one if a job takes it a second.
+            lease: seconds for which a job is this worker's. If it is not settled by then it goes to another.
+            type: decode values into this type. A job whose value does not fit is rejected, with a Warned event.
+            start: where a group begins in the logs of forwarders that do not know it yet; see `subscribe`. None: with
+                what is published from now on.
+
+        Raises:
+            TopicError: the pattern breaks the grammar.
+            SetupError: one of the others is not understood; says which, and what to give.
+        """
+        return Worker(self, queue, group, credit, lease, type, start)
+
     # --- the bus ---------------------------------------------------------------------------------
 
     @property
@@ -302,7 +334,7 @@ class Node:
         Raises:
             WaitTimeout: it had not within `timeout` seconds.
         """
-        return self._call(self._engine.wait_for_subscribers(topic, n, timeout, observers))
+        return self._call(self._engine.peering.registry.wait_for_subscribers(topic, n, timeout, observers))
 
     def topics(self, *patterns: str, timeout: float = 2.0) -> list[TopicInfo]:
         """Every stream on the bus whose topic fits a pattern (none: all), by topic; each publisher is asked.
@@ -316,7 +348,7 @@ class Node:
 
     def events(self) -> EventStream:
         """What happens from now on: PeerJoined, PeerLeft, ForwarderUp, ForwarderDown, DuplicateName, Gap, LogGap,
-        CaughtUp, Warned."""
+        CaughtUp, JobRefused, Warned."""
         if self._engine.refusal is not None:
             raise self._engine.refusal
         stream = EventStream(self._engine.forget_listener)

@@ -14,6 +14,7 @@ from zmqbus.net.clock import now
 from zmqbus.node.engine import Engine
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.receiving.replay import Position, Replay
+from zmqbus.node.receiving.subscribing import subscribe
 from zmqbus.protocol.message import Message
 from zmqbus.protocol.streams.stream import Gap
 
@@ -49,7 +50,7 @@ class Subscription:
     ) -> None:
         self._node = node
         self._intake: Intake = node._call(
-            node._engine.subscribe(patterns, value_type=value_type, history=history, on_gap=on_gap, observe=observe)
+            subscribe(node._engine, patterns, value_type=value_type, history=history, on_gap=on_gap, observe=observe)
         )
 
     def get(self, timeout: float | None = None) -> Message | None:

@@ -9,10 +9,13 @@ from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import Outlet
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.receiving.replays import Replays
+from zmqbus.node.work.queues.workers import Workers
 
 
-def count(outlet: Outlet, intakes: Collection[Intake], replays: Replays, service: Service) -> dict[str, int | float]:
-    """What was published, received, lost, and served since the start."""
+def count(
+    outlet: Outlet, intakes: Collection[Intake], replays: Replays, workers: Workers, service: Service
+) -> dict[str, int | float]:
+    """What was published, received, lost, done, and served since the start."""
     trackers = [intake.tracker for intake in intakes]
     return {
         "subscriptions": len(intakes) + len(replays),
@@ -28,6 +31,7 @@ def count(outlet: Outlet, intakes: Collection[Intake], replays: Replays, service
         "messages_duplicated": sum(tracker.duplicates for tracker in trackers),
         "messages_unacked": unacked(outlet),
         "unacked_bytes_pinned": outlet.history.pinned_bytes,
+        **workers.counters(),
         "fetches_served": service.fetches,
         "fetch_bytes_served": service.fetch_bytes,
     }

@@ -12,9 +12,9 @@ from functools import partial
 from zmqbus.errors import RemoteProtocolError
 from zmqbus.net.adapter import FdWatch
 from zmqbus.net.sockets import NOBLOCK, Again, SocketFactory
+from zmqbus.node.peers.links import Link
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
-from zmqbus.node.wiring.links import Link
 from zmqbus.protocol.frames import HEARTBEAT, HEARTBEAT_PREFIX, parse_header
 
 HEARTBEATS_MAX = 100_000  # unread frames on the control SUB: 4096 peers for 24 s

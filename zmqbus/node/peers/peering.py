@@ -18,10 +18,11 @@ from zmqbus.net.sockets import Role, SocketFactory, parse_endpoint
 from zmqbus.node.events import Event, KeyMismatch, Warned
 from zmqbus.node.peers.hearing import Hearing
 from zmqbus.node.peers.introduction import introduced
+from zmqbus.node.peers.links import Inbox, Link
 from zmqbus.node.peers.registry import ASK_AGAIN, Registry, Streams
-from zmqbus.node.queues.owner import Owner
 from zmqbus.node.receiving.intake import Intake
-from zmqbus.node.wiring.links import Inbox, Link
+from zmqbus.node.work.queues.owner import Owner
+from zmqbus.node.work.requests.exchange import Exchange
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PEERS_PER_HELLO, Command, Hello, Welcome
 from zmqbus.protocol.frames import VERSION
@@ -55,12 +56,16 @@ class Host(Streams, Protocol):
 
     intakes: dict[int, Intake]
     jobs: Owner
+    requests: Exchange
 
     def forwarders_changed(self) -> None:
         """A forwarder came or went, or claims other topics."""
 
     def emit(self, event: Event) -> None:
         """Something happened."""
+
+    def introduced(self, origin: int) -> None:
+        """A peer answered HELLO: it can be asked for things, perhaps once more."""
 
     def serve(self, identity: bytes, origin: int, command: Command) -> None:
         """A command of a peer that is not about peering."""
@@ -70,7 +75,7 @@ class Host(Streams, Protocol):
 
 
 class Peering:
-    """The peers of one node. `who` are the fields of HELLO that do not change: name, epoch, host, pid, release."""
+    """The peers of one node. `who` are the fields of HELLO that others fill in: name, epoch, host, pid, services …"""
 
     def __init__(
         self,
@@ -94,7 +99,7 @@ class Peering:
         self._factory = factory
         self._bus = bus
         self._ports = ports
-        self._who = who
+        self.who = who
         self._membership = members = Membership(origin, name=who["name"], seeds=seeds, jitter=random.random)
         self.registry = Registry(
             origin, loop, host, self.links, host.intakes, lambda: members.joined, self.joined, self._took_leave
@@ -245,6 +250,7 @@ class Peering:
     def _forget(self, origin: int) -> None:
         self._hearing.detach(origin)
         self.registry.forget(origin)
+        self._host.requests.forget(origin)
         for identity in [identity for identity, guest in self._guests.items() if guest == origin]:
             del self._guests[identity]
         for intake in self._host.intakes.values():
@@ -270,7 +276,7 @@ class Peering:
             pub_port=self._ports["pub"],
             tap_port=self._ports["tap"],
             peers=known,
-            **self._who,
+            **self.who,
             **more,
         )
 
@@ -281,6 +287,7 @@ class Peering:
         if not link.ask(hello, lambda command: self._welcomed(link, command), HELLO_TIMEOUT):
             return False
         link.awaits_welcome = True
+        link.services = hello.services
         link.declared = {subscribed.id for subscribed in wanted}
         return True
 
@@ -310,6 +317,8 @@ class Peering:
         self._perform(outputs)
         if link.origin is not None:
             self.registry.introduced(link)
+            self._host.introduced(link.origin)
+            self._host.requests.introduced(link)
             if body.journal:
                 self._host.forwarders_changed()  # what is read there may have to be asked for again
         self._hints(body)
@@ -333,6 +342,7 @@ class Peering:
         if body.journal:
             self._host.jobs.greeted(body.origin, body.journal, body.claims)
         self.inbox.answer(identity, self._introduction(Welcome), command.request)
+        self._host.requests.heard(body)
         self.registry.on_hello(identity, body.origin, command.request, body.subscriptions)
         endpoints = self._candidates(body)
         if endpoints:
@@ -346,7 +356,7 @@ class Peering:
 
     def _is_surprise(self, body: Hello) -> bool:
         """It came by a network, and we thought that there was none: what that peer calls loopback is not ours."""
-        from_here = body.host == self._who["host"] and all(inbox.startswith("tcp://127.") for inbox in body.inbox)
+        from_here = body.host == self.who["host"] and all(inbox.startswith("tcp://127.") for inbox in body.inbox)
         if from_here or not self._addresses.is_behind:
             return False
         self._network_stirs(0.0)

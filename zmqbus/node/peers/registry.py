@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from zmqbus.errors import NodeClosed
+from zmqbus.errors import NodeClosed, WaitTimeout
 from zmqbus.net.clock import now
+from zmqbus.node.peers.links import Inbox, Link
 from zmqbus.node.publishing.outlet import Outlet
 from zmqbus.node.receiving.intake import Intake
-from zmqbus.node.wiring.links import Inbox, Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, SUBSCRIPTIONS_MAX, Command, Error, Subscribed
 from zmqbus.protocol.topics import Matcher
@@ -228,6 +228,12 @@ class Registry:
             for origin, interest in self._interests.items()
             if origin == self._origin or self._joined(origin)
         )
+
+    async def wait_for_subscribers(self, topic: str, n: int, timeout: float | None, observers: bool) -> int:
+        """Wait until a topic has at least `n` subscriptions."""
+        if not await self.until(lambda: self.subscribers(topic, observers) >= n, timeout):
+            raise WaitTimeout(f"subscriber(s) of {topic}", self.subscribers(topic, observers), n, timeout or 0.0)
+        return self.subscribers(topic, observers)
 
     def on_hello(self, identity: bytes, origin: int, request: int, subscriptions: list[Subscribed]) -> None:
         """A HELLO names all that its sender wants."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from zmqbus.node.events import Event
+from zmqbus.node.peers.links import Inbox
 from zmqbus.node.publishing.outlet import Outlet
-from zmqbus.node.queues.owner import Owner
 from zmqbus.node.storing.fetching import FETCH_BYTES
 from zmqbus.node.storing.outbox import Outbox
-from zmqbus.node.wiring.links import Inbox
+from zmqbus.node.work.queues.owner import Owner
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, QUEUES_PER_STATISTICS, Command, QueueFigures
 from zmqbus.protocol.frames import SEQ_MAX
@@ -29,8 +30,8 @@ class Extension(Protocol):
     def serve(self, inbox: Inbox, identity: bytes, origin: int, command: Command) -> bool:
         """Answer a command. False: it is not one of ours."""
 
-    def left(self, origin: int) -> None:
-        """A peer is no longer there."""
+    def heard(self, event: Event) -> None:
+        """Something has happened, perhaps to a peer."""
 
     def counters(self) -> Counters:
         """Figures beside those of every node."""

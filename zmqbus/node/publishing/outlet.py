@@ -10,9 +10,9 @@ from threading import Lock
 
 from zmqbus.errors import ForkedProcess, TooManyStreams
 from zmqbus.net.clock import now, sleep, time_ns
+from zmqbus.node.publishing.broadcast import Broadcast
 from zmqbus.node.publishing.durability import wait_for_room
 from zmqbus.node.publishing.publisher import EAGER, GATHER, TICK, TURN, Keeper, Publisher
-from zmqbus.node.wiring.broadcast import Broadcast
 from zmqbus.protocol import frames
 from zmqbus.protocol.streams.acks import Ledger
 from zmqbus.protocol.streams.history import Fetched, History, fetch

@@ -23,7 +23,7 @@ from msgspec import Raw
 
 from zmqbus.errors import MessageTooLarge, UnsupportedValue
 from zmqbus.net.clock import now, sleep, time_ns
-from zmqbus.node.wiring.broadcast import Broadcast
+from zmqbus.node.publishing.broadcast import Broadcast
 from zmqbus.protocol import frames
 from zmqbus.protocol.frames import EXTERNAL_BYTES_MIN, MESSAGE_BYTES_MAX, encode_value, encode_values
 from zmqbus.protocol.streams.history import History, Shelf

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from zmqbus.errors import RemoteProtocolError
+from zmqbus.node.peers.links import Link
 from zmqbus.node.publishing.outlet import Outlet
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.storing.fetching import FETCH_BYTES
-from zmqbus.node.wiring.links import Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Command
 from zmqbus.protocol.frames import decode_batches

@@ -23,9 +23,9 @@ from zmqbus.errors import (
 )
 from zmqbus.net.clock import now, time_ns
 from zmqbus.node.events import Event, ForwarderDown, ForwarderUp, Warned
+from zmqbus.node.peers.links import Link
 from zmqbus.node.peers.peering import Peering
 from zmqbus.node.receiving.replay import Piece, Replay
-from zmqbus.node.wiring.links import Link
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import PATTERNS_MAX, SUBSCRIPTIONS_MAX, Command, Error, Log
 from zmqbus.protocol.members.peers import Peer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from zmqbus.errors import JournalError
 from zmqbus.journal import Journal, fetch
+from zmqbus.node.peers.links import Inbox
 from zmqbus.node.storing.worker import Worker
-from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Error
 from zmqbus.protocol.frames import SEQ_MAX

@@ -18,12 +18,12 @@ from zmqbus.errors import JournalError, NoSpace
 from zmqbus.journal import Batch, Commit, Cursor, Journal, Reader, Retention
 from zmqbus.net.clock import time_ns
 from zmqbus.node.config import Config
+from zmqbus.node.peers.links import Inbox
 from zmqbus.node.publishing.outlet import Outlet
 from zmqbus.node.publishing.publisher import Publisher
 from zmqbus.node.storing.committer import Committer
 from zmqbus.node.storing.fetching import answer_fetch
 from zmqbus.node.storing.worker import Worker
-from zmqbus.node.wiring.links import Inbox
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import HEADS_PER_COMMAND, Command, Offer
 

@@ -66,6 +66,8 @@ class Dispatcher:
         """Works all of whose messages are settled since the owner cleared this."""
         self.dead: list[Dead] = []
         """Messages that died since the owner cleared this: to be buried."""
+        self.changed: set[Line] = set()
+        """Lines in which something was settled, or has failed, since the owner cleared this."""
         self._attempts_max = attempts_max
         self._lines: dict[Line, Waiting] = {}
         self._pulled_by: dict[Waiting, list[Crew]] = {}
@@ -159,7 +161,7 @@ class Dispatcher:
         return works[::-1]
 
     def forget(self, line: Line) -> None:
-        """There is to be no such line. What workers have of it is not theirs any more, and nothing of it is finished."""
+        """There is to be no such line. What workers have of it is theirs no more, and nothing of it is finished."""
         found = self._lines.pop(line, None)
         if found is None:
             return
@@ -293,6 +295,15 @@ class Dispatcher:
         if line is not None and work in line.works:
             self._settle(line, work, bits)
 
+    def is_pulled(self, line: Line) -> bool:
+        """Whether there are workers for it."""
+        return any(crew.pulls(line) for crew in self._crews.values())
+
+    def waiting(self, name: Line) -> int:
+        """Messages of a line that could be given to a worker at once."""
+        line = self._lines.get(name)
+        return 0 if line is None else line.waiting
+
     def figures(self, now: float) -> list[Figures]:
         """Of each line."""
         return [
@@ -414,6 +425,7 @@ class Dispatcher:
     def _failed(self, line: Waiting, run: Run, reason: str, due: float = 0.0) -> None:
         """Attempt number `run.attempt` was in vain: once more, not before `due`, or never."""
         _count(run)
+        self.changed.add(run.work.line)
         if line.limited and run.attempt >= self._attempts_max:
             self._die(line, run, reason)
         elif due:
@@ -452,6 +464,7 @@ class Dispatcher:
 
     def _settle(self, line: Waiting, work: Work, bits: int) -> None:
         work.done |= bits
+        self.changed.add(work.line)
         if work.attempts:
             for index in indexes(bits):
                 work.attempts.pop(index, None)

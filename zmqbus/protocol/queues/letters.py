@@ -12,7 +12,8 @@ from zmqbus.protocol.queues.work import Dead
 DEAD_PREFIX = "$dead."
 DUE = "$due"  # ns since 1970
 REASON, ATTEMPTS, ORIGIN, SEQ, QUEUE = "$reason", "$attempts", "$origin", "$seq", "$queue"
-LETTER_HEADERS = (REASON, ATTEMPTS, ORIGIN, SEQ, QUEUE)
+GROUP = "$group"  # that gave up what was published
+LETTER_HEADERS = (REASON, ATTEMPTS, ORIGIN, SEQ, QUEUE, GROUP)
 
 _decoder = ValueDecoder()
 _NOTHING: Mapping[int, float] = {}
@@ -44,16 +45,15 @@ def letter(dead: Dead) -> tuple[str, Any, dict[str, Any]]:
     batch = dead.work.batch
     values, headers = _decoder.decode(cut_batch(batch, dead.seq, dead.seq))
     own = {key: value for key, value in ((headers or [None])[0] or {}).items() if key != DUE}
-    topic = dead.work.line[1]
-    return (
-        DEAD_PREFIX + topic,
-        values[0],
-        {
-            **own,
-            REASON: dead.reason,
-            ATTEMPTS: dead.attempts,
-            ORIGIN: batch.origin,
-            SEQ: dead.seq,
-            QUEUE: topic,
-        },
-    )
+    return DEAD_PREFIX + dead.work.line[1], values[0], own | headers_of(dead)
+
+
+def headers_of(dead: Dead) -> dict[str, Any]:
+    """What a dead letter says of why it is one."""
+    return {
+        REASON: dead.reason,
+        ATTEMPTS: dead.attempts,
+        ORIGIN: dead.work.batch.origin,
+        SEQ: dead.seq,
+        QUEUE: dead.work.line[1],
+    }

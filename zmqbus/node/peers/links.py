@@ -60,6 +60,7 @@ class Link:
         self.pub: str | None = None  # the peer's PUB, once known,
         self.tap: str | None = None  # and where those who only look on are to connect
         self.declared: set[int] = set()  # our subscriptions that this peer was told of
+        self.services: list[str] = []  # of ours, likewise
         self.awaits_welcome = False  # it was sent a HELLO, and has not answered yet
         self._factory = factory
         self._loop = loop
@@ -99,6 +100,11 @@ class Link:
         """Whether the answer to our HELLO is under way."""
         return self.awaits_welcome and self.is_connected
 
+    @property
+    def is_guarded(self) -> bool:
+        """Whether `on_lost` is told; see `guard`."""
+        return self._guarded
+
     def guard(self) -> bool:
         """Have `on_lost` told whenever the connection breaks from now on, and when this is closed. False: nothing can
         be sent now, so that there may be no connection to lose.
@@ -127,12 +133,12 @@ class Link:
         self._pending[number] = (on_answer, self._loop.call_later(timeout, self._answered, number, None))
         return True
 
-    def follow(self, body: Body, on_answer: Answer) -> int:
+    def follow(self, body: Body, on_answer: Answer, parts: Sequence[bytes] = ()) -> int:
         """Ask for what is answered again and again. Returns the request, for `say` and `unfollow`; 0: the peer cannot
         be reached now, and nothing is called."""
         self._requests += 1
         number = self._requests
-        if not self._send(encode_command(body, number)):
+        if not self._send(encode_command(body, number, parts)):
             return 0
         self._followed[number] = on_answer
         return number

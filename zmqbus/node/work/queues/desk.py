@@ -53,6 +53,7 @@ class Desk:
         self._on_outcome = on_outcome
         self._timer: asyncio.TimerHandle | None = None
         self._soon: asyncio.Handle | None = None
+        self._closed = False
 
     @property
     def teams(self) -> set[Team]:
@@ -118,10 +119,7 @@ class Desk:
 
     def _join(self, identity: bytes, worker: Worker, request: int, body: commands.Join) -> None:
         try:
-            for pattern in body.patterns:
-                check_pattern(pattern, internal=True)
-            if not body.patterns:
-                raise TopicError("", "a worker pulls at least one topic or pattern")
+            check_join(body)
             if len(self.workers) >= WORKERS_MAX and worker not in self.workers:
                 raise TopicError("", f"{WORKERS_MAX} workers are served already")
         except TopicError as error:
@@ -152,6 +150,8 @@ class Desk:
 
     def deliver(self) -> None:
         """Send what may be sent, and see to the next time."""
+        if self._closed:
+            return
         deliveries = self.dispatcher.take(now(), TAKE)
         by_worker: dict[Worker, list[Delivery]] = {}
         for delivery in deliveries:
@@ -219,10 +219,21 @@ class Desk:
         ]
 
     def close(self) -> None:
-        """Nothing is sent any more."""
+        """Nothing is given out any more. What workers say is still heard."""
+        self._closed = True
         for handle in (self._timer, self._soon):
             if handle is not None:
                 handle.cancel()
+
+
+def check_join(body: commands.Join) -> None:
+    """Raise TopicError unless that can be pulled, in that name."""
+    if not body.patterns:
+        raise TopicError("", "a worker pulls at least one topic or pattern")
+    for pattern in body.patterns:
+        check_pattern(pattern, internal=True)
+    if not body.group.isprintable() or " " in body.group:
+        raise TopicError(body.group, "the name of a group has no white space and no control characters")
 
 
 def team_of(body: commands.Join) -> Team:

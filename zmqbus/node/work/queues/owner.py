@@ -23,7 +23,7 @@ from zmqbus.net.clock import now, time_ns
 from zmqbus.node.events import Undelivered
 from zmqbus.node.publishing.outlet import Outlet
 from zmqbus.node.publishing.publisher import Publisher
-from zmqbus.node.queues.desk import Desk, team_of
+from zmqbus.node.work.queues.desk import Desk, team_of
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Command, QueueFigures
 from zmqbus.protocol.frames import HEADER, QUEUED, Batch

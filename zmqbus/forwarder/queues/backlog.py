@@ -1,0 +1,198 @@
+"""What there is to do of one queue, or for one group: what of it is loaded, and how far it has come. Pure bookkeeping.
+
+    the journal's offsets  →
+    ──── settled ────┬── loaded: some of it settled ──┬── unread ──
+                     place                            next          the end on disk
+
+A backlog is **live** when nothing of it is unread: then what is appended next need not be read from the disk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+
+from zmqbus.forwarder.queues.kept import (
+    Kept,
+    Run,
+    cursor_name,
+    encode,
+    pack_runs,
+    pack_tried,
+    unpack_runs,
+    unpack_tried,
+)
+from zmqbus.journal import Cursor
+from zmqbus.protocol.frames import Batch
+from zmqbus.protocol.queues.work import Line, Team, Work, ones
+from zmqbus.protocol.topics import Matcher
+
+# What may be loaded of one backlog. With what a single read may add to it, it is also what bounds a cursor's data, of
+# which journals take 64 KiB: some 10 bytes for each work, a bit for each message, and what the name and `tried` take.
+WORKS_MAX = 2048
+MESSAGES_MAX = 65_536
+PATTERNS_BYTES_MAX = 4096  # of one group, together
+
+EVERYWHERE = 1 << 63  # beyond every offset
+
+
+class Backlog:
+    """One queue or group."""
+
+    def __init__(self, kept: Kept, place: int) -> None:
+        self.name = cursor_name(kept)
+        self.topic = kept.topic
+        self.team = None if kept.topic else Team(" ".join((kept.group, *kept.patterns)), tuple(kept.patterns))
+        self.matches = Matcher(kept.patterns or [kept.topic]).matches
+        self.since_ns = kept.since_ns
+        self.committed = place
+        """The offset of its cursor on disk."""
+        self.next = place
+        """All of ours before this is loaded or settled."""
+        self.live = False
+        self.works: OrderedDict[int, Work] = OrderedDict()
+        """Loaded, and not settled as a whole: by offset, in order."""
+        self.bytes = self.messages = 0
+        """Of `works`."""
+        self.lines: Counter[Line] = Counter()
+        """In how many works there is something for each line."""
+        self.parked: list[Work] = []
+        """Of `works`: those that are not to be given out for now."""
+        self.unread = 0
+        """Messages that are neither settled nor loaded, of those counted so far: before `counted_to`."""
+        self.counted_to = place
+        self.first_unread: tuple[int, int] | None = None
+        """Where the first of these is, and its time; None: not known."""
+        self.wanted = False
+        """There are workers for it."""
+        self.rival = ""
+        """Who gives it out in our place."""
+        self.busy = False
+        """A read is under way."""
+        self.broken = False
+        """It cannot be read."""
+        self._kept = kept
+        self._start = place
+        self._end = place + kept.reach  # before it all is settled but what is loaded, or left from an earlier life
+        self._left = deque(unpack_runs(place, kept.left))
+        self._tried = unpack_tried(place, kept.tried)
+
+    @property
+    def group(self) -> str:
+        """Its name, of a group."""
+        return self._kept.group
+
+    @property
+    def patterns(self) -> list[str]:
+        """What it is about."""
+        return self._kept.patterns or [self.topic]
+
+    # --- in and out --------------------------------------------------------------------------------
+
+    def concerns(self, batch: Batch) -> bool:
+        """Whether a batch, on a topic of ours, is ours. Groups care only for what was published since they exist."""
+        return batch.time_ns >= self.since_ns
+
+    def load(self, offset: int, batch: Batch) -> Work | None:
+        """Take in the next batch of ours. None: it is behind us, or settled."""
+        if offset + batch.count <= self.next:
+            return None
+        self.next = offset + batch.count
+        done = self._settled_before(offset, batch.count)
+        todo = batch.count - done.bit_count()
+        if offset < self.counted_to:
+            self.unread -= todo
+        self.first_unread = None
+        if not todo:
+            return None
+        work = Work(batch, self.line(batch.topic), offset, done)
+        if self._tried:
+            tried = {i: self._tried.pop(offset + i) for i in range(batch.count) if offset + i in self._tried}
+            work.attempts = tried or work.attempts
+        self.works[offset] = work
+        self.lines[work.line] += 1
+        self.bytes += batch.size
+        self.messages += batch.count
+        return work
+
+    def skip(self, offset: int, batch: Batch) -> None:
+        """Leave a batch of ours where it is."""
+        todo = self.todo(offset, batch.count)
+        if todo and not self.unread:
+            self.first_unread = offset, batch.time_ns
+        self.unread += todo
+
+    def line(self, topic: bytes) -> Line:
+        """Of the dispatcher."""
+        return (None, self.topic) if self.team is None else (self.team.group, topic.decode(errors="replace"))
+
+    def settled(self, work: Work) -> None:
+        """All of a work is settled."""
+        del self.works[work.position]
+        self.lines[work.line] -= 1
+        if not self.lines[work.line]:
+            del self.lines[work.line]
+        self.bytes -= work.batch.size
+        self.messages -= work.batch.count
+        self._end = max(self._end, work.position + work.batch.count)
+
+    # --- on disk -----------------------------------------------------------------------------------
+
+    def place(self, end: int) -> int:
+        """Everything of ours before it is settled; the journal is on disk up to `end`."""
+        if self.works:
+            return next(iter(self.works))
+        for run in self._left:
+            if run.end > self.next:
+                return max(run.start, self.next)
+        if self.live:
+            return end
+        return max(self.next, self._end)
+
+    def cursor(self, end: int) -> Cursor:
+        """What to write down."""
+        place = self.place(end)
+        reach = self._end
+        for offset, work in self.works.items():
+            if work.done or work.attempts:
+                reach = max(reach, offset + work.batch.count)
+        runs = []
+        tried: list[tuple[int, int]] = []
+        for offset, work in self.works.items():
+            if offset >= reach:
+                break
+            runs.append(Run(offset, offset + work.batch.count, work.done))
+            if work.attempts:
+                tried += [(offset + index, count) for index, count in sorted(work.attempts.items())]
+        for run in self._left:
+            if run.start >= self.next:
+                runs.append(run)
+            elif run.end > self.next:
+                runs.append(Run(self.next, run.end, run.done >> self.next - run.start))
+        tried += sorted(item for item in self._tried.items() if item[0] >= self.next)
+        kept = self._kept
+        state = Kept(
+            kept.topic, kept.group, kept.patterns, kept.since_ns, max(0, reach - place), pack_runs(place, runs),
+            pack_tried(place, tried),
+        )  # fmt: skip
+        return Cursor(place, encode(state))
+
+    def todo(self, offset: int, count: int) -> int:
+        """How many messages of a batch that is not loaded an earlier life has left."""
+        done = self._settled_before(offset, count, forget=False)
+        return count - done.bit_count()
+
+    def _settled_before(self, offset: int, count: int, forget: bool = True) -> int:
+        """Bits of what an earlier life has settled, or a later start has passed over."""
+        before = ones(min(self._start - offset, count)) if offset < self._start else 0
+        if offset >= self._end:
+            return before
+        done, end = ones(count), offset + count
+        while forget and self._left and self._left[0].end <= offset:
+            self._left.popleft()
+        for run in self._left:
+            if run.start >= end:
+                break
+            low, high = max(run.start, offset), min(run.end, end)
+            if low < high:
+                done &= ~((ones(high - low) & ~(run.done >> low - run.start)) << low - offset)
+        return done | before

@@ -1,0 +1,1 @@
+"""What others do for us, and we for them: queues, and requests."""

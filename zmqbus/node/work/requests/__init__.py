@@ -1,0 +1,1 @@
+"""Requests: one node asks, another answers, once."""

@@ -1,0 +1,268 @@
+"""Our own requests: whom to ask, what came of it, and who was lost over it. On the engine's loop.
+
+A request is sent once. It goes to another responder only where the first has surely not begun with it: it could not be
+sent, or was answered by ERROR. When the connection that it went over is lost, it fails at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from math import ceil
+from typing import NamedTuple, Protocol
+
+from zmqbus.errors import (
+    NoResponders,
+    RemoteError,
+    RemoteProtocolError,
+    ResponderBusy,
+    ResponderLost,
+    ZmqbusError,
+)
+from zmqbus.net.clock import now
+from zmqbus.node.peers.links import Link
+from zmqbus.node.work.requests.answering import Answering, Incoming, Peers
+from zmqbus.protocol import commands
+from zmqbus.protocol.commands import Command
+from zmqbus.protocol.members.responders import Responders
+
+OPEN_MAX = 900  # requests that one responder has to answer: a link holds 1000 commands that are not on their way yet
+
+
+class Answered(NamedTuple):
+    """What a responder answered."""
+
+    origin: int
+    packed: bytes
+
+
+Outcome = Answered | ZmqbusError
+
+
+class Call:
+    """One request of ours. `on_end` is called once, on the loop, unless it is given up before."""
+
+    __slots__ = (
+        *("at", "expires_at", "greeted", "has_ended", "headers", "link", "number"),
+        *("on_end", "only", "packed", "refusal", "service", "tried"),
+    )
+
+    def __init__(
+        self,
+        service: str,
+        packed: bytes,
+        headers: bytes,
+        timeout: float | None,
+        on_end: Callable[[Outcome], None],
+        only: int | None = None,
+    ) -> None:
+        """`timeout`: seconds for which somebody waits. `only`: ask this node, and no other."""
+        self.service = service
+        self.packed = packed
+        self.headers = headers  # packed, empty: none
+        self.expires_at = None if timeout is None else now() + timeout
+        self.on_end = on_end
+        self.only = only
+        self.tried: set[int] = set()
+        self.refusal: ZmqbusError | None = None  # why nobody has taken it so far
+        self.greeted = False  # somebody wanted to hear HELLO first
+        self.has_ended = False
+        self.at = 0  # whom it was sent to, while that is to answer
+        self.link: Link | None = None
+        self.number = 0  # of the request on that link
+
+    @property
+    def parts(self) -> tuple[bytes, ...]:
+        """What follows the body."""
+        return (self.packed, self.headers) if self.headers else (self.packed,)
+
+
+class Host(Protocol):
+    """What is needed of the engine."""
+
+    origin: int
+
+    @property
+    def peering(self) -> Peers:
+        """The other nodes."""
+
+    def soon(self, work: Callable[..., object], *arguments: object) -> None:
+        """Do this on the loop, from any thread."""
+
+
+class Asking:
+    """All requests of ours that are not answered yet."""
+
+    def __init__(
+        self, host: Host, loop: asyncio.AbstractEventLoop, responders: Responders, answering: Answering
+    ) -> None:
+        self.asked = 0
+        self._host = host
+        self._loop = loop
+        self._responders = responders
+        self._answering = answering
+        self._open: dict[int, dict[Call, None]] = {}
+        self._refusal: ZmqbusError | None = None
+
+    def begin(self, call: Call) -> None:
+        """Send it to a responder. Where there is none, or none can take it, that ends it at once."""
+        while not call.has_ended:
+            if self._refusal is not None:
+                return self._end(call, self._refusal)
+            origin = self._responders.choose(call.service, partial(self._may_be_asked, call))
+            if origin is None:
+                return self._end(call, call.refusal or NoResponders(call.service))
+            if self._responders.load(origin) >= OPEN_MAX:  # and so has every other
+                return self._end(call, ResponderBusy(call.service, self._responders.name(origin)))
+            call.tried.add(origin)
+            if self._send(call, origin):
+                return None
+        return None
+
+    def give_up(self, call: Call) -> None:
+        """Nobody waits for it any more."""
+        if not call.has_ended:
+            call.has_ended = True
+            self._release(call)
+
+    async def gather(
+        self, service: str, packed: bytes, headers: bytes, timeout: float, n: int | None
+    ) -> list[tuple[int, Outcome]]:
+        """Ask everybody who responds to a service now; returns what came within `timeout`, or the first `n`.
+
+        Raises:
+            NoResponders: there is nobody.
+        """
+        origins = [origin for origin in self._responders.of(service) if self._is_there(origin)]
+        if not origins:
+            raise NoResponders(service)
+        wanted = len(origins) if n is None else min(n, len(origins))
+        outcomes: list[tuple[int, Outcome]] = []
+        enough = asyncio.Event()
+
+        def ended(origin: int, outcome: Outcome) -> None:
+            outcomes.append((origin, outcome))
+            if len(outcomes) >= wanted:
+                enough.set()
+
+        calls = [Call(service, packed, headers, timeout, partial(ended, origin), origin) for origin in origins]
+        try:
+            for call in calls:
+                self.begin(call)
+            async with asyncio.timeout(timeout):
+                await enough.wait()
+        except TimeoutError:
+            pass
+        finally:
+            for call in calls:
+                self.give_up(call)
+        return outcomes[:wanted]
+
+    def lost(self, origin: int) -> None:
+        """The connection to a peer broke: whatever it was asked over it may be done, or not."""
+        for call in list(self._open.get(origin, ())):
+            self._release(call)
+            self._end(call, ResponderLost(call.service, self._responders.name(origin)))
+
+    def close(self, refusal: ZmqbusError) -> None:
+        """Nothing can be asked any more; what is open ends."""
+        self._refusal = refusal
+        for origin in list(self._open):
+            for call in list(self._open.get(origin, ())):
+                self._release(call)
+                self._end(call, refusal)
+
+    # --- to one responder, and back --------------------------------------------------------------
+
+    def _is_there(self, origin: int) -> bool:
+        return origin == self._host.origin or self._host.peering.joined(origin)
+
+    def _may_be_asked(self, call: Call, origin: int) -> bool:
+        return origin not in call.tried and call.only in (None, origin) and self._is_there(origin)
+
+    def _send(self, call: Call, origin: int) -> bool:
+        if origin == self._host.origin:
+            return self._hand_over(call)
+        link = self._host.peering.links[origin]
+        if not link.is_guarded:
+            link.guard()
+        left = 0 if call.expires_at is None else max(1, ceil((call.expires_at - now()) * 1000))
+        request = commands.Request(call.service, left)
+        number = link.follow(request, partial(self._heard, call), call.parts)
+        if number:
+            self._took(call, origin, link, number)
+        return bool(number)
+
+    def _hand_over(self, call: Call) -> bool:
+        """To a responder of this node: the same, without a connection."""
+        own = self._host.origin
+
+        def answer(body: commands.Body, parts: tuple[bytes, ...]) -> None:
+            self._host.soon(self._heard, call, Command(0, body, list(parts)))
+
+        incoming = Incoming(call.service, call.packed, call.headers, own, call.expires_at, answer)
+        self._took(call, own, None, 0)
+        error = self._answering.take(incoming)
+        if error is None:
+            return True
+        self._release(call)
+        self._refused(call, error)
+        return False
+
+    def _took(self, call: Call, origin: int, link: Link | None, number: int) -> None:
+        self.asked += 1
+        self._responders.asked(origin)
+        self._open.setdefault(origin, {})[call] = None
+        call.at, call.link, call.number = origin, link, number
+
+    def _heard(self, call: Call, command: Command | None) -> None:
+        """The answer, or None: the link was closed."""
+        if call.has_ended:
+            return
+        origin = call.at
+        self._release(call)
+        name = self._responders.name(origin)
+        match None if command is None else command.body:
+            case None:
+                self._end(call, ResponderLost(call.service, name))
+            case commands.Reply(error="") if command is not None and len(command.batches) == 1:
+                self._end(call, Answered(origin, command.batches[0]))
+            case commands.Reply(error=error, text=text) if error:
+                self._end(call, RemoteError(error, text, name))
+            case commands.Error(code="hello") if not call.greeted:
+                call.greeted = True  # by a reconnect. HELLO is said now; the request follows it
+                call.tried.discard(origin)
+                self._loop.call_soon(self.begin, call)
+            case commands.Error() as error:
+                self._refused(call, error)
+                self.begin(call)
+            case body:
+                what = f"{name}: {type(body).__name__.upper()} without one value in answer to REQUEST"
+                self._end(call, RemoteProtocolError(what))
+
+    def _refused(self, call: Call, error: commands.Error) -> None:
+        """Somebody has surely not begun with it."""
+        name = self._responders.name(call.at)
+        if error.code == "busy":
+            call.refusal = ResponderBusy(call.service, name)
+        elif error.code not in ("service", "hello"):
+            call.refusal = RemoteError(error.code, error.reason, name)
+
+    def _release(self, call: Call) -> None:
+        """It is no longer to be answered by whom it was sent to."""
+        there = self._open.get(call.at)
+        if there is None or call not in there:
+            return
+        del there[call]
+        if not there:
+            del self._open[call.at]
+        self._responders.ended(call.at)
+        if call.link is not None:
+            call.link.unfollow(call.number)
+            call.link = None
+
+    def _end(self, call: Call, outcome: Outcome) -> None:
+        if not call.has_ended:
+            call.has_ended = True
+            call.on_end(outcome)
