@@ -15,7 +15,8 @@ import pytest
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 BENCH = [sys.executable, str(TOOLS / "bench")]
-COMMANDS = ("all", "durable", "idle", "join", "many", "match", "pubsub", "readback", "recovery", "roundtrip")
+COMMANDS = ("all", "durable", "idle", "join", "many", "match", "pubsub", "queue", "readback", "recovery", "roundtrip")
+COMMANDS = ("all", "durable", "idle", "join", "many", "match", "pubsub", "readback", "recovery", "request", "roundtrip")
 
 sys.path.append(str(TOOLS))
 
@@ -79,6 +80,20 @@ def test_roundtrip_in_asyncio() -> None:
         assert p50["passed"] is None  # no budget: for information
 
 
+def test_request_is_measured_for_every_kind_of_responder() -> None:
+    report = json.loads(bench("request", "--quick", "--json"))
+    assert_machine_and_noise(report)
+    (table,) = report["results"]
+    assert [line["label"] for line in table["lines"]] == [
+        f"{kind}, {pace}, {percentile}"
+        for pace in ("low rate", "back to back")
+        for kind in ("Node, inline", "Node, threads", "Node, loop", "AsyncNode")
+        for percentile in ("p50", "p99")
+    ]
+    assert all(line["ours"]["median"] > 0 and line["raw"]["median"] > 0 for line in table["lines"])
+    assert [line["label"] for line in table["lines"] if line["budget"]] == ["Node, inline, low rate, p50"]
+
+
 def test_durable_is_measured_beside_the_live_rate_and_the_disk(tmp_path: Path) -> None:
     report = json.loads(bench("durable", "--quick", "--json", "--directory", str(tmp_path)))
     (table,) = report["results"]
@@ -97,6 +112,16 @@ def test_readback_reads_every_message(tmp_path: Path) -> None:
 def test_recovery_comes_to_a_first_acknowledgement(tmp_path: Path) -> None:
     (table,) = json.loads(bench("recovery", "--quick", "--json", "--directory", str(tmp_path)))["results"]
     assert all(line["ours"]["median"] > 0 for line in table["lines"])
+
+
+def test_queue_does_every_job(tmp_path: Path) -> None:
+    tables = json.loads(bench("queue", "--quick", "--json", "--directory", str(tmp_path)))["results"]
+    throughput, latency, uneven, backlog = (table["lines"] for table in tables)
+    assert all(line["ours"]["median"] > 0 for line in [*throughput, *latency, *backlog, uneven[0]])
+    assert all(line["raw"]["median"] > 0 for line in [*throughput, *latency, *uneven[:2]])
+    done, _, killed = uneven
+    assert done["lost"] == killed["lost"] == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def assert_machine_and_noise(report: dict[str, Any]) -> None:

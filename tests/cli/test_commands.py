@@ -21,9 +21,9 @@ import zmqbus
 from tests.cli.commands import PATIENCE, finish, run
 from zmqbus.cli import shell
 from zmqbus.cli.group import cli
-from zmqbus.cli.pubsub.pub import Pacer
+from zmqbus.cli.pubsub.tap import drain
+from zmqbus.cli.shell.input import Pacer
 from zmqbus.cli.shell.output import loss_report
-from zmqbus.cli.tap import drain
 
 COMMANDS = cli.commands | {
     f"{name} {below}": command

@@ -56,6 +56,7 @@ def test_fields_name_everything_of_a_message() -> None:
         "size": 6,
         "headers": {"k": 1},
         "offset": None,
+        "attempt": None,
     }
     with pytest.raises(KeyError):
         fields["nope"]

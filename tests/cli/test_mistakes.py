@@ -15,8 +15,8 @@ import pytest
 import zmqbus
 from tests.cli.commands import PATIENCE, run
 from zmqbus.cli import shell
-from zmqbus.cli.pubsub import pub
-from zmqbus.cli.pubsub.pub import lines
+from zmqbus.cli.shell import input as given
+from zmqbus.cli.shell.input import lines
 from zmqbus.cli.shell.stopping import Stopped
 from zmqbus.errors import (
     AuthError,
@@ -140,7 +140,7 @@ def test_bad_lines_are_named_and_the_others_are_published() -> None:
 
 
 def test_a_line_that_no_message_can_carry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pub, "MESSAGE_BYTES_MAX", 100_000)
+    monkeypatch.setattr(given, "MESSAGE_BYTES_MAX", 100_000)
     code, out, err = run("pub", "t", "--wait-subscribers", "0", text=b"short\n" + b"x" * 300_000 + b"\n")
     assert (code, out) == (2, "")
     published, too_long = err.splitlines()

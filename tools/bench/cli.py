@@ -24,9 +24,11 @@ from bench import join as joining
 from bench import many as crowd
 from bench import match as matching
 from bench import pubsub as throughput
+from bench import queue as queueing
 from bench import readback as reading
 from bench import recovery as recovering
 from bench import report
+from bench import request as asking
 from bench import roundtrip as latency
 from bench.crew import WorkerFailed
 from bench.results import Table
@@ -131,6 +133,13 @@ def roundtrip(faces: tuple[str, ...], runs: int, quick: bool, progress: Progress
 
 
 @main.command()
+@common
+def request(runs: int, quick: bool, progress: Progress) -> list[Table]:
+    """Latency of request and reply."""
+    return asking.measure(runs, quick, progress)
+
+
+@main.command()
 @click.option("--namespaces/--no-namespaces", default=True, help="Between two network namespaces too (root, Linux).")
 @common
 def join(namespaces: bool, runs: int, quick: bool, progress: Progress) -> list[Table]:
@@ -185,6 +194,14 @@ def recovery(directory: str | None, runs: int, quick: bool, progress: Progress) 
     return recovering.measure(directory, min(runs, RUNS_MANY), quick, progress)
 
 
+@main.command()
+@click.option("--directory", type=click.Path(exists=True, file_okay=False), help="On the disk to measure [/tmp].")
+@common
+def queue(directory: str | None, runs: int, quick: bool, progress: Progress) -> list[Table]:
+    """Work queues: jobs acknowledged one by one, uneven and dying workers, a backlog."""
+    return queueing.measure(directory, runs, quick, progress)
+
+
 @main.command(name="all")
 @click.option(
     "--namespaces/--no-namespaces", default=True, help="Join between two network namespaces too (root, Linux)."
@@ -196,6 +213,7 @@ def everything(namespaces: bool, runs: int, quick: bool, progress: Progress) -> 
         return [
             *throughput.measure(list(throughput.SIZES.values()), FANS, FACES, runs, quick, key, progress),
             *latency.measure(FACES, runs, quick, progress),
+            *asking.measure(runs, quick, progress),
             *joining.measure(namespaces, key, runs, progress),
             *idling.measure(runs, quick, progress),
             *crowd.measure(crowd.NODES_QUICK if quick else crowd.NODES, min(runs, RUNS_MANY), progress),
@@ -203,4 +221,5 @@ def everything(namespaces: bool, runs: int, quick: bool, progress: Progress) -> 
             *durability.measure(None, runs, quick, progress),
             *reading.measure(None, runs, quick, progress),
             *recovering.measure(None, min(runs, RUNS_MANY), quick, progress),
+            *queueing.measure(None, runs, quick, progress),
         ]

@@ -13,9 +13,13 @@ from zmqbus.cli.forwarder import forwarder
 from zmqbus.cli.journal import journal
 from zmqbus.cli.pubsub.pub import pub
 from zmqbus.cli.pubsub.sub import sub
+from zmqbus.cli.pubsub.tap import tap
 from zmqbus.cli.shell.bus import Bus
-from zmqbus.cli.tap import tap
 from zmqbus.cli.views import completion, keygen, nodes, topics
+from zmqbus.cli.work.dead import dead
+from zmqbus.cli.work.pull import pull
+from zmqbus.cli.work.push import push
+from zmqbus.cli.work.queues import queues
 from zmqbus.node import RELEASE
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in shell.EXIT_CODES.items())
@@ -86,5 +90,5 @@ def cli(context: click.Context, bus: str, key_file: str | None, interface: str |
     context.obj = Bus(bus, key_file, interface, peers)
 
 
-for command in (demo, pub, sub, tap, nodes, topics, forwarder, journal, keygen, completion):
+for command in (demo, pub, sub, tap, push, pull, queues, dead, nodes, topics, forwarder, journal, keygen, completion):
     cli.add_command(command)

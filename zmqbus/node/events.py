@@ -88,8 +88,8 @@ class LogGap(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobRefused(msgspec.Struct, frozen=True, gc=False):
-    """A job was acknowledged and is not settled by that: its lease had run out and another worker has it, or its owner
-    lost sight of this one. It is done once more."""
+    """A job was acknowledged, perhaps in vain: its lease had run out and another worker has it, or its owner or this
+    worker was gone by then, so that it may be done once more."""
 
     topic: str
     origin: int

@@ -48,13 +48,15 @@ SIZE_BYTES_MAX = 2**63 - 1
 class Fields(Mapping[str, Any]):
     """The named fields of one message. `size` and `age` are worked out only when asked for.
 
-    `node` is the publisher's name, where known. `now` is the wall clock, in seconds since the Unix epoch.
+    `node` is the publisher's name, where known. `now` is the wall clock, in seconds since the Unix epoch. `attempt`: of
+    a job, how often it was given out by now.
     """
 
-    def __init__(self, message: Message, *, now: float, node: str = "") -> None:
+    def __init__(self, message: Message, *, now: float, node: str = "", attempt: int | None = None) -> None:
         self.message = message
         self.node = node
         self.now = now
+        self.attempt = attempt
 
     @cached_property
     def size(self) -> int | None:
@@ -85,9 +87,10 @@ FIELDS: Mapping[str, Callable[[Fields], Any]] = {
     "size": lambda fields: fields.size,
     "headers": lambda fields: fields.message.headers or {},
     "offset": lambda fields: fields.message.offset,
+    "attempt": lambda fields: fields.attempt,
 }
 """Every field name that `--where` and `-F` know. `age` is negative where the publisher's clock runs ahead.
-`offset` is None of a message that comes live."""
+`offset` is None of a message that comes live, `attempt` of one that is no job."""
 
 
 def moment(seconds: float) -> datetime:
@@ -109,9 +112,10 @@ def rfc3339(when: datetime) -> str:
 def to_json(fields: Fields) -> str:
     """One message as one line of JSON, without the newline. Values and headers are in the form drawn above.
 
-    One that was read from a journal begins with its offset there.
+    One that was read from a journal begins with its offset there, and a job with its attempt.
     """
-    row: dict[str, Any] = {} if fields.message.offset is None else {"offset": fields.message.offset}
+    firsts = {"offset": fields.message.offset, "attempt": fields.attempt}
+    row: dict[str, Any] = {name: value for name, value in firsts.items() if value is not None}
     row |= {
         "topic": fields["topic"],
         "seq": fields["seq"],

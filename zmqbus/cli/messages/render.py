@@ -288,6 +288,7 @@ _SAMPLES: dict[str, tuple[Any, ...]] = {
     "seq": (0,),
     "size": (0,),
     "offset": (0,),
+    "attempt": (0,),
 }
 _NUMBERS = ("time", "age")
 
@@ -335,7 +336,7 @@ class FormatString:
             found = fields[name]
             for key in path:
                 found = _lookup_text(found, key)
-            if found is MISSING or (found is None and name in ("size", "offset")):
+            if found is MISSING or (found is None and name in ("size", "offset", "attempt")):
                 return ""
             if name in _NUMBERS and not path:
                 return escape(_format_number(name, found, spec))

@@ -4,7 +4,7 @@ Python parses the text; nothing of it is ever executed. The syntax tree is check
 list and turned into closures, so an expression reaches the message and nothing else: no attributes of Python
 objects, no calls but the functions below, no names but the message's fields.
 
-    names        topic value seq origin node time age size headers offset; true false null
+    names        topic value seq origin node time age size headers offset attempt; true false null
     lookup       value.status  value["a b"][0]   keys of maps, indexes of arrays, never Python attributes
     comparison   == != < <= > >= in, not in; chains such as 200 <= value.status < 300
     logic        and or not; the result is always true or false

@@ -1,1 +1,1 @@
-"""`zmqbus pub` (pub.py) and `zmqbus sub` (sub.py): publish values or lines, and print what is published."""
+"""`zmqbus pub` (pub.py), `zmqbus sub` (sub.py) and `zmqbus tap` (tap/): publish, print what is published, look on."""

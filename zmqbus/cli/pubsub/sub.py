@@ -11,18 +11,18 @@ import contextlib
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from zmqbus.cli import shell
-from zmqbus.cli.messages.forms import Fields, to_json
+from zmqbus.cli.messages.forms import Fields
 from zmqbus.cli.shell import remark, stopping
-from zmqbus.cli.shell.bus import Bus, Duration, Moment, Watch, Whole, greet, messages, since
-from zmqbus.cli.shell.output import PATIENCE, Output, colored, loss_report, plural
+from zmqbus.cli.shell.bus import Bus, Duration, Start, Watch, Whole, greet, messages
+from zmqbus.cli.shell.output import PATIENCE, Output, loss_report, plural, renderer
 from zmqbus.errors import SetupError, WaitTimeout, ZmqbusError
 from zmqbus.net.clock import now
-from zmqbus.protocol.starts import OFFSET_MAX, check_cursor_name
+from zmqbus.protocol.starts import check_cursor_name
 from zmqbus.protocol.topics import check_pattern
 
 if TYPE_CHECKING:
@@ -37,50 +37,11 @@ COMMIT_STOPPED = 1.0  # … when asked to stop
 # --- options -----------------------------------------------------------------------------------
 
 
-class Start(click.ParamType):  # type: ignore[type-arg]
-    """`first`, `last`, an offset, or a time: as `Node.subscribe` takes it."""
-
-    name = "start"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int | datetime:
-        """For `subscribe(start=…)`."""
-        text = str(value).strip()
-        if text in ("first", "last"):
-            return text
-        if text.isascii() and text.isdigit():
-            if int(text) > OFFSET_MAX:
-                self.fail(f"{text} is no offset: no journal gets that far", param, ctx)
-            return int(text)
-        try:
-            return since(Moment().convert(text, param, ctx))
-        except click.BadParameter as error:
-            self.fail(f"first, last, an offset, or a time: {error.message}", param, ctx)
-
-
 def _durable_name(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
     try:
         return None if name is None else check_cursor_name(name)
     except SetupError as error:
         raise click.BadParameter(str(error)) from None
-
-
-def renderer(template: str | None, as_json: bool) -> Callable[[Fields], str]:
-    """How `sub` prints a message: as a line of JSON, by a template, or just topic and value."""
-    from zmqbus.cli.messages.render import FormatString, compact, escape
-
-    if template is not None and as_json:
-        raise click.UsageError("--json and --format are two forms: choose one")
-    if as_json:
-        return to_json
-    if template is not None:
-        return FormatString(template).render
-    styled = colored()
-
-    def line(fields: Fields) -> str:
-        topic = escape(fields["topic"])
-        return f"{click.style(topic, fg='cyan') if styled else topic}  {compact(fields['value'])}"
-
-    return line
 
 
 # --- printing ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import msgspec
@@ -19,12 +19,13 @@ from zmqbus.cli.shell.output import on_terminal
 from zmqbus.cli.shell.stopping import PEEK, check, rest, suspended
 from zmqbus.errors import AuthError, ParseError, WaitTimeout
 from zmqbus.net.clock import now, time_ns
+from zmqbus.protocol.starts import OFFSET_MAX
 
 if TYPE_CHECKING:
     from zmqbus.node.events import EventStream
     from zmqbus.node.faces.node import Node
-    from zmqbus.protocol.message import Message
 
+One = TypeVar("One")
 SETTLE = "1.5s"  # nodes on one machine or LAN have found each other well within this
 PAUSE_EVERY = 0.1  # seconds: how often output is let out while more and more comes
 _EPOCH = datetime.fromtimestamp(0, UTC)
@@ -75,6 +76,26 @@ class Moment(click.ParamType):  # type: ignore[type-arg]
 def since(time_ns: int) -> datetime:
     """Unix ns as `subscribe(start=…)` takes it; not later, in whole microseconds."""
     return _EPOCH + timedelta(microseconds=time_ns // 1000)
+
+
+class Start(click.ParamType):  # type: ignore[type-arg]
+    """`first`, `last`, an offset, or a time: as `Node.subscribe` takes it."""
+
+    name = "start"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int | datetime:
+        """For `subscribe(start=…)`."""
+        text = str(value).strip()
+        if text in ("first", "last"):
+            return text
+        if text.isascii() and text.isdigit():
+            if int(text) > OFFSET_MAX:
+                self.fail(f"{text} is no offset: no journal gets that far", param, ctx)
+            return int(text)
+        try:
+            return since(Moment().convert(text, param, ctx))
+        except click.BadParameter as error:
+            self.fail(f"first, last, an offset, or a time: {error.message}", param, ctx)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -224,9 +245,10 @@ def settle(node: Node, watch: Watch, seconds: float) -> None:
 
 
 def messages(
-    take: Callable[[float], Sequence[Message]], until: float, pause: Callable[[], object]
-) -> Iterator[tuple[Message, float]]:
-    """Messages as they come, each with the wall-clock time, until it is `until` by the monotonic one, or Ctrl-Z came.
+    take: Callable[[float], Sequence[One]], until: float, pause: Callable[[], object]
+) -> Iterator[tuple[One, float]]:
+    """Messages or jobs as they come, each with the wall-clock time, until it is `until` by the monotonic one, or Ctrl-Z
+    came.
 
     `take` returns some that are here, or come within a time. `pause` is called whenever there are none at the moment,
     and a few times a second.

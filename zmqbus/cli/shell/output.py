@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import click
 
+from zmqbus.cli.messages.forms import Fields, to_json
 from zmqbus.cli.shell.stopping import PEEK, check, suspended
 from zmqbus.net.clock import now
 
@@ -39,6 +40,16 @@ def on_terminal() -> bool:
 def colored() -> bool:
     """Whether that terminal should show colours, or bold."""
     return on_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def reader_has_left() -> bool:
+    """Whether nobody reads standard output any more: it is a pipe, and its other end is closed."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # it is no file
+        return False
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def plural(n: int, noun: str) -> str:
@@ -101,6 +112,25 @@ class Output:
             self._ends.popleft()
             self._shown += 1
         return self._shown
+
+
+def renderer(template: str | None, as_json: bool) -> Callable[[Fields], str]:
+    """How a message is printed: as a line of JSON, by a template, or just topic and value."""
+    from zmqbus.cli.messages.render import FormatString, compact, escape
+
+    if template is not None and as_json:
+        raise click.UsageError("--json and --format are two forms: choose one")
+    if as_json:
+        return to_json
+    if template is not None:
+        return FormatString(template).render
+    styled = colored()
+
+    def line(fields: Fields) -> str:
+        topic = escape(fields["topic"])
+        return f"{click.style(topic, fg='cyan') if styled else topic}  {compact(fields['value'])}"
+
+    return line
 
 
 class Meter:

@@ -86,16 +86,23 @@ class Backlog:
         """What it is about."""
         return self._kept.patterns or [self.topic]
 
+    @property
+    def oldest_ns(self) -> int:
+        """When the first that is not settled was sent, ns since 1970; 0: there is none, or it is not known."""
+        if self.works:
+            return next(iter(self.works.values())).batch.time_ns
+        return 0 if self.first_unread is None else self.first_unread[1]
+
     # --- in and out --------------------------------------------------------------------------------
 
     def concerns(self, batch: Batch) -> bool:
         """Whether a batch, on a topic of ours, is ours. Groups care only for what was published since they exist."""
         return batch.time_ns >= self.since_ns
 
-    def load(self, offset: int, batch: Batch) -> Work | None:
-        """Take in the next batch of ours. None: it is behind us, or settled."""
+    def load(self, offset: int, batch: Batch) -> list[Work]:
+        """Take in the next batch of ours. Returns the work it makes, if it is not behind us, or settled."""
         if offset + batch.count <= self.next:
-            return None
+            return []
         self.next = offset + batch.count
         done = self._settled_before(offset, batch.count)
         todo = batch.count - done.bit_count()
@@ -103,7 +110,7 @@ class Backlog:
             self.unread -= todo
         self.first_unread = None
         if not todo:
-            return None
+            return []
         work = Work(batch, self.line(batch.topic), offset, done)
         if self._tried:
             tried = {i: self._tried.pop(offset + i) for i in range(batch.count) if offset + i in self._tried}
@@ -112,7 +119,7 @@ class Backlog:
         self.lines[work.line] += 1
         self.bytes += batch.size
         self.messages += batch.count
-        return work
+        return [work]
 
     def skip(self, offset: int, batch: Batch) -> None:
         """Leave a batch of ours where it is."""
@@ -126,7 +133,9 @@ class Backlog:
         return (None, self.topic) if self.team is None else (self.team.group, topic.decode(errors="replace"))
 
     def settled(self, work: Work) -> None:
-        """All of a work is settled."""
+        """All of a work is settled, if it is one of ours."""
+        if self.works.get(work.position) is not work:
+            return
         del self.works[work.position]
         self.lines[work.line] -= 1
         if not self.lines[work.line]:

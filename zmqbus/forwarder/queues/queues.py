@@ -7,17 +7,18 @@ cursor, before anything else happens with it, and is there from then on, until i
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from zmqbus.errors import JournalCorrupt, JournalError, NoSpace, TopicError
-from zmqbus.forwarder.queues.backlog import EVERYWHERE, MESSAGES_MAX, PATTERNS_BYTES_MAX, WORKS_MAX, Backlog
+from zmqbus.forwarder.queues.backlog import PATTERNS_BYTES_MAX, Backlog
 from zmqbus.forwarder.queues.graves import Funeral, Graves, dead_claims
 from zmqbus.forwarder.queues.kept import GROUP_PREFIX, QUEUE_PREFIX, Kept, cursor_name, decode
-from zmqbus.forwarder.queues.loading import Loader, Piece, Survey
 from zmqbus.forwarder.queues.rivals import Rivals
 from zmqbus.forwarder.queues.scribe import Scribe
-from zmqbus.forwarder.queues.tail import Tail
+from zmqbus.forwarder.queues.stock import Stock
 from zmqbus.journal import Commit, Journal, find_time
 from zmqbus.net.clock import now, time_ns
 from zmqbus.node.engine import Engine
@@ -27,16 +28,10 @@ from zmqbus.node.storing.worker import Worker
 from zmqbus.node.work.queues.desk import Desk, Joined, check_join
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import END, Command, Error, QueueFigures
-from zmqbus.protocol.frames import QUEUED, Batch
 from zmqbus.protocol.members.peers import PeerChanged, PeerJoined, PeerLeft
-from zmqbus.protocol.queues.dispatcher import AT_ONCE
-from zmqbus.protocol.queues.letters import due_of
-from zmqbus.protocol.queues.work import Dead, Line, Team, Work
+from zmqbus.protocol.queues.work import Dead
+from zmqbus.protocol.topics import Matcher
 
-AHEAD_BYTES = 4 * 1024 * 1024  # loaded of one backlog: some tens of thousands of small jobs
-AHEAD_BYTES_MIN = 16 * 1024
-LOADED_BYTES = 64 * 1024 * 1024  # of all: each has its share
-IN_HAND_BYTES = 64 * 1024 * 1024  # of one, where all that is loaded is with workers, and more of them wait
 PERIOD = 1.0  # seconds between two looks at what comes about with time
 
 
@@ -55,8 +50,6 @@ class Queues:
         on_failure: Callable[[BaseException], None],
     ) -> None:
         """`reading`: the thread that reads the log."""
-        self.tail = Tail()
-        """To be told what is appended."""
         self.on_forgotten: Callable[[], None] = lambda: None
         """Told when some queue is no more: the next message of it has to be announced anew."""
         self._journal = journal
@@ -67,23 +60,19 @@ class Queues:
         self._warn = warn
         self._on_failure = on_failure
         self._rivals = Rivals(journal.number, claims)
-        self._backlogs: dict[str, Backlog] = {}
-        self._by_line: dict[str, Backlog] = {}  # groups, by what lines call them
-        self._behind: dict[Backlog, None] = {}  # wanted, and to be read from the disk
-        self._teams: set[Team] = set()
-        self._share = AHEAD_BYTES  # of each of those that are wanted
         self._funeral: Funeral | None = None  # of those that died by what a worker is saying
-        self._surveys: set[Survey] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._founding: dict[str, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = self._closed = False
-        self._loader = Loader(journal, reading, self._loaded)
         self._scribe = Scribe(journal, committer, loop, warn, on_failure)
         self._graves = Graves(journal, engine, dead_claims(claims), warn, self._buried)
         self._desk = desk = Desk(loop, engine.answer, self._outcome)
         self._dispatcher = desk.dispatcher
         desk.settle = self._settle
+        self._stock = stock = Stock(journal, reading, desk.dispatcher, warn, self._give_out)
+        self.tail = stock.tail
+        """To be told what is appended."""
 
     # --- life --------------------------------------------------------------------------------------
 
@@ -93,11 +82,11 @@ class Queues:
         for name, cursor in journal.cursors.all().items():
             if name.startswith((QUEUE_PREFIX, GROUP_PREFIX)):
                 try:
-                    self._open(Backlog(decode(cursor.data), cursor.offset))
+                    self._stock.open(Backlog(decode(cursor.data), cursor.offset))
                 except (ValueError, TopicError) as error:
                     raise JournalCorrupt(journal.segments[-1].directory, 0, f"cursor {name!r}: {error}") from None
-        if self._backlogs:
-            self._survey(list(self._backlogs.values()))
+        self._stock.survey(self._stock.backlogs.values())
+        self._engine.on_link_lost.append(self._lost)
         self._look()
 
     def stop(self) -> None:
@@ -113,14 +102,9 @@ class Queues:
         """After `stop`: write down what is not written, and tell who waits for it. Nothing is heard any more."""
         await self._scribe.settle()
         self._closed = True
-        for backlog in self._backlogs.values():
-            self._loader.close(backlog)
+        self._stock.close()
 
     # --- what comes in -----------------------------------------------------------------------------
-
-    def knows(self, topic: bytes) -> bool:
-        """Whether a message pushed on this topic may be appended."""
-        return topic in self.tail.queues
 
     async def found(self, topic: bytes) -> None:
         """A message was pushed on this topic, and is not appended yet: there is to be a queue, on disk. Raises
@@ -128,37 +112,20 @@ class Queues:
         if topic not in self.tail.queues:
             backlog = Backlog(Kept(topic.decode()), self._journal.durable_offset)
             await self._committer.commit_cursors({backlog.name: backlog.cursor(backlog.next)})
-            backlog.live, backlog.counted_to = True, EVERYWHERE
-            self._open(backlog)
-            self._want(backlog)
+            self._judge(backlog)
+            self._stock.begin(backlog)
 
     def grown(self, commit: Commit) -> None:
         """There is more on disk than there was."""
         if commit.refused:
             self.tail.cut(self._journal.next_offset)
-        if not self.tail.watched:
-            return
-        time, fresh = now(), False
-        for offset, batch in self.tail.take(self._journal.durable_offset):
-            for backlog in self.tail.backlogs(batch.topic, bool(batch.flags & QUEUED)):
-                if not backlog.concerns(batch):
-                    continue
-                if backlog.live and backlog.wanted and not backlog.rival and self._has_room(backlog):
-                    self._take_in(backlog, offset, batch, time)
-                    fresh = True
-                    continue
-                if backlog.live:
-                    backlog.live = False
-                    backlog.next = offset
-                    if backlog.wanted and not backlog.rival:
-                        self._behind[backlog] = None
-                if backlog.counted_to == EVERYWHERE:
-                    backlog.skip(offset, batch)
-        self._graves.look()
-        if fresh:
-            self._desk.deliver()
-            self._outcome()
-        self._feed()
+        if self.tail.watched:
+            fresh = self._stock.grown()
+            self._graves.look()
+            if fresh:
+                self._give_out()
+            else:
+                self._stock.feed()
 
     # --- what peers want ---------------------------------------------------------------------------
 
@@ -174,8 +141,8 @@ class Queues:
             case commands.Done() | commands.Fail() | commands.Extend() | commands.Leave() as body:
                 self._desk.serve(identity, origin, command)
                 if isinstance(body, commands.Leave):
-                    self._muster()
-                self._feed()
+                    self._stock.muster(self._desk.teams)
+                self._stock.feed()
             case commands.Read(cursor=name) if _is_ours(name):
                 self._answer(identity, command, Error("read", f"a reading cannot be named {name!r}: workers pull that"))
             case commands.Commit(cursor=name) as commit if _is_ours(name):
@@ -193,13 +160,18 @@ class Queues:
                 changed = self._rivals.met(peer)
             case PeerLeft(peer=peer, reason=reason):
                 changed = self._rivals.left(peer, reason, now())
-                self._desk.lost(peer.origin)
-                self._muster()
-                self._feed()
+                self._lost(peer.origin)
             case _:
                 return
         if changed:
             self._yield()
+
+    def _lost(self, origin: int) -> None:
+        """A node is gone, or what was on its way to it: its jobs go to others."""
+        if not self._closed:
+            self._desk.lost(origin)
+            self._stock.muster(self._desk.teams)
+            self._stock.feed()
 
     def _join(self, identity: bytes, origin: int, command: Command, body: commands.Join) -> None:
         """A group is written down before its first worker gets anything."""
@@ -211,7 +183,7 @@ class Queues:
             self._answer(identity, command, Error("join", str(error)[:1000]))
             return
         name = cursor_name(Kept("", body.group, body.patterns))
-        if name in self._backlogs or all(pattern.startswith("$") for pattern in body.patterns):
+        if name in self._stock.backlogs or all(pattern.startswith("$") for pattern in body.patterns):
             self._admit(identity, origin, command)  # what is reserved is never published
             return
         task = self._founding.get(name)
@@ -244,16 +216,18 @@ class Queues:
             raise ValueError(f"offset {start:,} is not there yet: the journal ends at {journal.durable_offset:,}")
         backlog = Backlog(Kept("", body.group, body.patterns, since_ns), start)
         await self._committer.commit_cursors({backlog.name: backlog.cursor(start)})
-        self._open(backlog)
-        self._survey([backlog])
+        self._judge(backlog)
+        self._stock.open(backlog)
+        self._stock.survey([backlog])
 
     def _admit(self, identity: bytes, origin: int, command: Command) -> None:
+        self._engine.guard(origin)
         self._desk.serve(identity, origin, command)
-        self._muster()
-        self._feed()
+        self._stock.muster(self._desk.teams)
+        self._stock.feed()
 
     def _commit(self, identity: bytes, command: Command, body: commands.Commit) -> None:
-        backlog = self._backlogs.get(body.cursor)
+        backlog = self._stock.backlogs.get(body.cursor)
         if backlog is None:
             self._answer(identity, command, Error("cursor", f"there is no cursor {body.cursor!r}"))
         elif not body.forget:
@@ -265,16 +239,8 @@ class Queues:
 
     async def _forget(self, identity: bytes, command: Command, backlog: Backlog) -> None:
         """A queue or group is to be no more. What comes after that is of another one of that name."""
-        del self._backlogs[backlog.name]
-        self.tail.close(backlog)
+        self._stock.forget(backlog)
         self._scribe.forget(backlog)
-        self._loader.close(backlog)
-        for line in backlog.lines:
-            self._dispatcher.forget(line)
-        if backlog.team is not None:
-            del self._by_line[backlog.team.group]
-        for survey in self._surveys:
-            survey.backlogs.pop(backlog, None)
         self.on_forgotten()
         try:
             await self._committer.commit_cursors({backlog.name: None})
@@ -286,104 +252,13 @@ class Queues:
     def _answer(self, identity: bytes, command: Command, body: commands.Body) -> None:
         self._engine.answer(identity, body, command.request, ())
 
-    # --- what there is to do -----------------------------------------------------------------------
+    # --- what there is to do, and what became of it ------------------------------------------------
 
-    def _open(self, backlog: Backlog) -> None:
-        self._backlogs[backlog.name] = backlog
-        self.tail.open(backlog)
-        if backlog.team is not None:
-            self._by_line[backlog.team.group] = backlog
-        backlog.rival = self._rivals.over(backlog.patterns)
-
-    def _of(self, line: Line) -> Backlog | None:
-        group, topic = line
-        return self.tail.queues.get(topic.encode()) if group is None else self._by_line.get(group)
-
-    def _muster(self) -> None:
-        """Workers came or went."""
-        teams = self._desk.teams
-        if teams != self._teams:
-            self._teams = teams
-            for backlog in self._backlogs.values():
-                self._want(backlog)
-            wanted = sum(backlog.wanted for backlog in self._backlogs.values())
-            self._share = max(AHEAD_BYTES_MIN, min(AHEAD_BYTES, LOADED_BYTES // max(1, wanted)))
-
-    def _want(self, backlog: Backlog) -> None:
-        if backlog.team is None:
-            backlog.wanted = self._dispatcher.is_pulled((None, backlog.topic))
-        else:
-            backlog.wanted = backlog.team in self._teams
-        if backlog.wanted and not backlog.live and not backlog.rival:
-            self._behind[backlog] = None
-        else:
-            self._behind.pop(backlog, None)
-            self._loader.close(backlog)
-
-    def _feed(self) -> None:
-        """Have more loaded, where it is wanted and there is room."""
-        for backlog in list(self._behind):
-            if not backlog.busy and not backlog.broken and self._has_room(backlog, 2):
-                size = max(self._share - backlog.bytes, AHEAD_BYTES_MIN)
-                self._loader.load(backlog, size, MESSAGES_MAX - backlog.messages)
-
-    def _has_room(self, backlog: Backlog, parts: int = 1) -> bool:
-        """Whether more of it may be loaded; with `parts`, whether less than one part of what may be is."""
-        if backlog.messages * parts >= MESSAGES_MAX or len(backlog.works) * parts >= WORKS_MAX:
-            return False
-        if backlog.bytes * parts < self._share:
-            return True
-        return backlog.bytes < IN_HAND_BYTES and not any(map(self._dispatcher.waiting, backlog.lines))
-
-    def _loaded(self, backlog: Backlog, piece: Piece | None, error: BaseException | None) -> None:
-        if self._backlogs.get(backlog.name) is not backlog:
-            return
-        if error is not None or piece is None:
-            backlog.broken = True
-            self._warn(f"{backlog.name} cannot go on: {error}")
-            return
-        time = now()
-        for offset, batch in piece.entries:
-            if backlog.concerns(batch):
-                self._take_in(backlog, offset, batch, time)
-        backlog.next = max(backlog.next, piece.reached)
-        for first, last in piece.dropped:
-            self._warn(f"{backlog.name}: offsets {first:,} to {last:,} are no more, and with them what was of it there")
-        if backlog.next >= self._journal.durable_offset:
-            backlog.live = True
-            self._behind.pop(backlog, None)
-            self._loader.close(backlog)
+    def _give_out(self) -> None:
+        """There is more to do."""
         self._desk.deliver()
         self._outcome()
-        self._feed()
-
-    def _take_in(self, backlog: Backlog, offset: int, batch: Batch, time: float) -> None:
-        work = backlog.load(offset, batch)
-        if work is not None:
-            self._add(work, time)
-
-    def _add(self, work: Work, time: float) -> None:
-        due = due_of(work.batch, time, time_ns()) if work.line[0] is None else AT_ONCE
-        self._dispatcher.add(work, time, due)
-
-    def _survey(self, backlogs: list[Backlog]) -> None:
-        """Find out how much there is of them, and whether there is anything."""
-        self._surveys.add(Survey(self._journal, self._reading, self.tail, backlogs, self._surveyed))
-
-    def _surveyed(self, survey: Survey, error: BaseException | None) -> None:
-        self._surveys.discard(survey)
-        if error is not None:
-            self._warn(f"what waits of {len(survey.backlogs)} queues and groups was not counted: {error}")
-            return
-        for backlog in survey.backlogs:
-            if not backlog.busy and not backlog.live:
-                if not backlog.unread:
-                    backlog.live = True
-                elif backlog.first_unread is not None:
-                    backlog.next = max(backlog.next, backlog.first_unread[0])
-            self._want(backlog)
-
-    # --- what became of it -------------------------------------------------------------------------
+        self._stock.feed()
 
     def _outcome(self) -> None:
         """Something is done, has failed, or is dead."""
@@ -393,11 +268,11 @@ class Queues:
             dead, dispatcher.dead = dispatcher.dead, []
             self._funeral = self._graves.bury(dead)
         for work in dispatcher.finished:
-            if (backlog := self._of(work.line)) is not None and work.position in backlog.works:
+            if (backlog := self._stock.of(work.line)) is not None:
                 backlog.settled(work)
         dispatcher.finished.clear()
         for line in dispatcher.changed:
-            if (backlog := self._of(line)) is not None:
+            if (backlog := self._stock.of(line)) is not None:
                 self._scribe.note(backlog)
         dispatcher.changed.clear()
 
@@ -414,83 +289,73 @@ class Queues:
             funeral.then.append(lambda: self._scribe.then(tell))
 
     def _buried(self, dead: Dead) -> None:
-        if self._of(dead.work.line) is not None:
-            self._dispatcher.buried(dead)
-            self._outcome()
+        self._dispatcher.buried(dead)
+        self._outcome()
 
     # --- several forwarders ------------------------------------------------------------------------
+
+    def _judge(self, backlog: Backlog) -> None:
+        """Of a new one: is it ours to give out?"""
+        backlog.rival = self._rivals.over(backlog.patterns)
+        if backlog.rival:
+            self._warn(_overruled(backlog.rival, [backlog.name]))
 
     def _yield(self) -> None:
         """Another forwarder gives some of it out in our place, or no longer does."""
         told: dict[str, list[str]] = {}
-        for backlog in self._backlogs.values():
+        for backlog in self._stock.backlogs.values():
             rival = self._rivals.over(backlog.patterns)
             if rival != backlog.rival:
-                backlog.rival = rival
-                self._want(backlog)
+                self._stock.yield_to(backlog, rival)
                 if rival:
                     told.setdefault(rival, []).append(backlog.name)
-                    self._park(backlog)
-                else:
-                    parked, backlog.parked = backlog.parked, []
-                    for work in parked:
-                        self._add(work, now())
         for rival, names in told.items():
             self._warn(_overruled(rival, names))
-        self._desk.deliver()
-        self._feed()
-
-    def _park(self, backlog: Backlog) -> None:
-        """Take back what nobody was given yet."""
-        for line in backlog.lines:
-            for origin in {work.batch.origin for work in backlog.works.values() if work.line == line}:
-                backlog.parked += self._dispatcher.withdraw(line, origin)
+        self._give_out()
 
     # --- now and then ------------------------------------------------------------------------------
 
     def _look(self) -> None:
         self._timer = self._loop.call_later(PERIOD, self._look)
-        self._muster()
+        self._stock.muster(self._desk.teams)
         if self._rivals.tick(now()):
             self._yield()
-        segments, end = self._journal.segments, self._journal.durable_offset
-        begins = [segment.base_offset for segment in segments[1:]]
-        for backlog in self._backlogs.values():
-            if begins and backlog.committed < begins[-1]:
-                place = backlog.place(end)
-                if any(backlog.committed < begin <= place for begin in begins):
-                    self._scribe.note(backlog)  # it holds a segment of which it wants nothing
+        end, begins = self._journal.durable_offset, [segment.base_offset for segment in self._journal.segments]
+        for backlog in self._stock.backlogs.values():
+            if bisect_right(begins, backlog.committed) < bisect_right(begins, backlog.place(end)):
+                self._scribe.note(backlog)  # it holds a segment of which it wants nothing
 
     # --- figures -----------------------------------------------------------------------------------
 
     def cursors(self) -> dict[str, tuple[int, bool]]:
         """Of each, where it really is, and whether there are workers for it."""
         end = self._journal.durable_offset
-        return {name: (backlog.place(end), backlog.wanted) for name, backlog in self._backlogs.items()}
+        return {name: (backlog.place(end), backlog.wanted) for name, backlog in self._stock.backlogs.items()}
 
     def figures(self) -> list[QueueFigures]:
         """What is to be done."""
-        found = {name: self._begun(backlog) for name, backlog in self._backlogs.items()}
+        teams = Counter(joined.team for joined in self._desk.workers.values())
+        matchers = {team: Matcher(team.patterns).matches for team in teams}
+        found: dict[str, QueueFigures] = {}
+        for name, backlog in self._stock.backlogs.items():
+            if backlog.team is None:
+                workers = sum(teams[team] for team, matches in matchers.items() if matches(backlog.topic))
+            else:
+                workers = teams[backlog.team]
+            topic = " ".join(backlog.patterns)[:255]
+            found[name] = QueueFigures(
+                topic, backlog.group, backlog.unread, workers=workers, oldest_ns=backlog.oldest_ns
+            )
         for line in self._dispatcher.figures(now()):
-            if (backlog := self._of(line.line)) is not None:
-                figures = found[backlog.name]
+            if (its := self._stock.of(line.line)) is not None:
+                figures = found[its.name]
                 figures.waiting += line.waiting + line.delayed
                 figures.in_flight += line.in_flight
                 figures.delayed += line.delayed
                 figures.redelivered += line.redelivered
                 figures.done += line.done
                 figures.dead += line.dead
-                figures.workers = max(figures.workers, line.workers)
         return list(found.values())
-
-    def _begun(self, backlog: Backlog) -> QueueFigures:
-        oldest = 0
-        if backlog.works:
-            oldest = next(iter(backlog.works.values())).batch.time_ns
-        elif backlog.first_unread is not None:
-            oldest = backlog.first_unread[1]
-        topic = " ".join(backlog.patterns)[:255]
-        return QueueFigures(topic, backlog.group, waiting=backlog.unread, oldest_ns=oldest)
 
     # --- the rest ----------------------------------------------------------------------------------
 

@@ -98,6 +98,7 @@ class AsyncWorker:
             if job is not None:
                 return job
             if hand.closed is not None:
+                self._takers.ring()  # each tells the next
                 if isinstance(hand.closed, ForkedProcess):
                     raise hand.closed
                 return None

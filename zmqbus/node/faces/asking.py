@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from zmqbus.node.engine import Engine
 from zmqbus.node.faces.node import Node
-from zmqbus.protocol.commands import Body
+from zmqbus.protocol.commands import Body, QueueFigures
 
 
 def ask(node: Node, questions: Mapping[int, Body], timeout: float) -> dict[int, Body]:
@@ -17,6 +17,16 @@ def ask(node: Node, questions: Mapping[int, Body], timeout: float) -> dict[int, 
         NodeClosed: the node has been closed.
     """
     return node._call(_ask(node._engine, questions, timeout))
+
+
+def own_queues(node: Node) -> list[QueueFigures]:
+    """What is to be done of what this node itself has pushed, and of what groups share of its messages."""
+    node._engine.outlet.flush_all()  # what a burst gathers is given out as soon as it is sent
+    return node._call(_own_queues(node._engine))
+
+
+async def _own_queues(engine: Engine) -> list[QueueFigures]:
+    return engine.jobs.figures()
 
 
 async def _ask(engine: Engine, questions: Mapping[int, Body], timeout: float) -> dict[int, Body]:

@@ -163,12 +163,16 @@ class Hand:
             touched.add(tie)
         return touched
 
-    def credit(self, tie: Tie) -> int:
-        """How much an owner may have sent in all, if that is more than it was told; else 0."""
+    @property
+    def owners(self) -> int:
+        """How many have jobs: they sent some within the last second."""
+        recent = now() - 1.0
+        return sum(tie.last_job > recent and not tie.gone for tie in self.ties.values())
+
+    def credit(self, tie: Tie, owners: int) -> int:
+        """How much one of so many owners may have sent in all, if that is more than it was told; else 0."""
         if self.stuck or self.closed is not None:
             return 0
-        recent = now() - 1.0
-        owners = sum(other.last_job > recent and not other.gone for other in list(self.ties.values()))
         credit = tie.finished + self.window.share(owners)
         if credit <= tie.granted:
             return 0

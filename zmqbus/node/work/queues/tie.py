@@ -90,6 +90,11 @@ class Tie:
         self.finished += job[2] - job[1] + 1
 
     @property
+    def is_behind(self) -> bool:
+        """Something could not be said yet."""
+        return bool(self._unsaid)
+
+    @property
     def unsettled(self) -> int:
         """Jobs that were acknowledged and of which no more is known."""
         return sum(last - first + 1 for done in (*self._unsettled, self.done) for _, first, last in done)

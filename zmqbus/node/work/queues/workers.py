@@ -110,6 +110,7 @@ class Pull:
         self.hand = hand
         self.timer: asyncio.TimerHandle | None = None  # for what is to be said a little later
         self.watch: asyncio.TimerHandle | None = None  # for leases of jobs that wait
+        self.troubles: dict[int, str] = {}  # by owner: what was last warned of
 
 
 class Workers:
@@ -168,8 +169,9 @@ class Workers:
         if len(self._pulls) >= WORKERS_MAX:
             raise SetupError(f"at most {WORKERS_MAX} workers to a node")
         self._numbers += 1
-        hand = Hand(float(lease), credit, value_type, self, wake)
-        pull = Pull(self._numbers, queue, group, min(float(lease), LEASE_MAX), begin, hand)
+        lease = min(float(lease), LEASE_MAX)
+        hand = Hand(lease, credit, value_type, self, wake)
+        pull = Pull(self._numbers, queue, group, lease, begin, hand)
         self._pulls[hand] = pull
         if self._timer is None:
             self._timer = self._loop.call_later(ROUND, self._round)
@@ -290,14 +292,14 @@ class Workers:
     def report(self, hand: Hand) -> None:
         """Say what is done and what is not, and how much more may be sent."""
         touched = hand.collect()
-        pull = self._pulls.get(hand)
         for tie in touched:
             if tie.gone:
-                self._lost(hand, tie, tie.abandon())
+                hand.lost += self._tell(hand, tie.abandon())
+        owners = hand.owners
         for tie in list(hand.ties.values()):
-            if not tie.gone and (tie in touched or tie.received >= tie.granted):
-                tie.compose(hand.credit(tie))
-                if not tie.speak() and pull is not None and pull.timer is None:
+            if not tie.gone and (tie in touched or tie.received >= tie.granted or tie.is_behind):
+                tie.compose(hand.credit(tie, owners))
+                if not tie.speak() and (pull := self._pulls.get(hand)) is not None and pull.timer is None:
                     pull.timer = self._loop.call_later(STUMBLE, self._report_late, pull)
         if touched:
             self._host.peering.registry.changed()
@@ -402,7 +404,8 @@ class Workers:
             self._attend(pull, tie.origin)
         elif error.code in BARRING:
             tie.barred = True
-        elif error.code != "hello":  # after which it says WELCOME
+        elif error.code != "hello" and pull.troubles.get(tie.origin) != error.reason:  # after "hello" it says WELCOME
+            pull.troubles[tie.origin] = error.reason
             self.emit(Warned(f"{tie.name} gives no jobs of {pull.pattern}: {error.reason}"))
 
     def _watch(self, pull: Pull) -> None:
@@ -412,13 +415,10 @@ class Workers:
 
     def _lose(self, hand: Hand, tie: Tie) -> None:
         hand.lose(tie)
-        self._lost(hand, tie, tie.abandon())
-        self._host.peering.registry.changed()
-
-    def _lost(self, hand: Hand, tie: Tie, done: list[Done]) -> None:
-        if count := self._tell(hand, done):
+        if count := self._tell(hand, tie.abandon()):
             hand.lost += count
-            self.emit(Warned(f"{tie.name} is gone: {count:,} acknowledged job(s) may be done once more"))
+            self.emit(Warned(f"{tie.name} is gone: {count:,} acknowledged job(s) of it may be done once more"))
+        self._host.peering.registry.changed()
 
     def _tell(self, hand: Hand, done: list[Done]) -> int:
         """Acknowledged in vain. Returns how many."""

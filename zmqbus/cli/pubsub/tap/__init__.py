@@ -18,11 +18,11 @@ import click
 
 from zmqbus.cli import shell
 from zmqbus.cli.messages.forms import Fields, human_age, to_json
+from zmqbus.cli.pubsub.tap.drain import Drain
+from zmqbus.cli.pubsub.tap.views import Latest, Stream, Subjects, View
 from zmqbus.cli.shell import remark, stopping
 from zmqbus.cli.shell.bus import Bus, Duration, Moment, Watch, Whole, greet, messages, since
 from zmqbus.cli.shell.output import loss_report, plural
-from zmqbus.cli.tap.drain import Drain
-from zmqbus.cli.tap.views import Latest, Stream, Subjects, View
 from zmqbus.net.clock import now
 from zmqbus.protocol.topics import Matcher, check_pattern
 

@@ -1,0 +1,1 @@
+"""Queues and groups through a forwarder."""

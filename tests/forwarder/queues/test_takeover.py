@@ -1,0 +1,91 @@
+"""A forwarder takes over what waits at its publisher, and nothing is given out by both."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import zmqbus
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(main, 60))
+
+
+async def next_job(worker: zmqbus.AsyncWorker) -> zmqbus.Job:
+    job = await worker.get(20)
+    assert job is not None, "no job came"
+    return job
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_what_waits_is_handed_over_and_what_was_given_out_is_not(bus: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with zmqbus.AsyncNode("producer", bus=bus, discovery="static") as producer:
+            seed = [producer.endpoints["inbox"]]
+            jobs = producer._engine.jobs
+            async with (
+                zmqbus.AsyncNode("worker", bus=bus, discovery="static", peers=seed) as node,
+                node.pull("jobs.a", credit=10) as worker,
+            ):
+                for number in range(1000):
+                    await producer.push("jobs.a", number)
+                held = [await next_job(worker) for _ in range(5)]
+                async with zmqbus.Forwarder(tmp_path / "journal", bus=bus, discovery="static", peers=seed) as forwarder:
+                    await until(lambda: jobs.left < 1000)
+                    kept = jobs.left
+                    assert 5 <= kept <= 10 + 16  # what the worker has, and what was cut of the same batch
+                    await until(lambda: forwarder.counters()["journal_messages"] == 1000 - kept)
+                    seen = Counter(job.value for job in held)
+                    for job in held:
+                        job.ack()
+                    while seen.total() < 1000:
+                        job = await next_job(worker)
+                        assert job.attempt == 1
+                        seen[job.value] += 1
+                        job.ack()
+                    await worker.flush(20)
+                    assert seen == Counter(range(1000))
+                    assert jobs.left == 0
+
+                    # From now on it is the forwarder's, which also has the disk.
+                    await producer.push("jobs.a", "durable", durable=True, timeout=20)
+                    job = await next_job(worker)
+                    assert job.value == "durable"
+                    job.ack()
+                    await worker.flush(20)
+                    assert await worker.get(0.3) is None
+
+    run(main())
+
+
+def test_a_forwarder_that_is_away_is_waited_for(bus: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with zmqbus.AsyncNode("producer", bus=bus, discovery="static") as producer:
+            seed = [producer.endpoints["inbox"]]
+            async with zmqbus.Forwarder(tmp_path / "journal", bus=bus, discovery="static", peers=seed):
+                await producer.push("jobs.a", 1, durable=True, timeout=20)
+            async with (
+                zmqbus.AsyncNode("worker", bus=bus, discovery="static", peers=seed) as node,
+                node.pull("jobs.a") as worker,
+            ):
+                await producer.push("jobs.a", 2)
+                assert await worker.get(0.5) is None, "it is the forwarder's to give out"
+                async with zmqbus.Forwarder(tmp_path / "journal", bus=bus, discovery="static", peers=seed):
+                    values = set()
+                    for _ in range(2):
+                        job = await next_job(worker)
+                        values.add(job.value)
+                        job.ack()
+                    assert values == {1, 2}
+                    await worker.flush(20)
+
+    run(main())
