@@ -15,7 +15,7 @@ import pytest
 import zmqbus
 from tests.node.conftest import eventually, wait_for
 from tests.node.queues.scripted import ScriptedOwner, owning
-from zmqbus.node.queues import workers
+from zmqbus.node.work.queues import workers
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import END
 
