@@ -24,6 +24,7 @@ from zmqbus.protocol.frames import (
     HEADERS,
     HEARTBEAT,
     HEARTBEAT_PREFIX,
+    QUEUED,
     RAW,
     SEQ_MAX,
     Batch,
@@ -161,10 +162,10 @@ def test_four_billion_values_are_refused_before_anything_is_allocated() -> None:
     assert "4294967295 values cannot be in" in broken(data(b"\x91\xc0", count=0xFFFFFFFF))
 
 
-@pytest.mark.parametrize("flags", range(16))
+@pytest.mark.parametrize("flags", range(32))
 def test_only_flags_with_a_meaning_are_let_in(flags: int) -> None:
     frame = data(b"" if flags & EXTERNAL else b"\x92\x91\xc0\x91\xc0", flags=flags)
-    if flags in (0, HEADERS, EXTERNAL, EXTERNAL | HEADERS, EXTERNAL | RAW):
+    if flags & ~QUEUED in (0, HEADERS, EXTERNAL, EXTERNAL | HEADERS, EXTERNAL | RAW):
         assert parse_header(frame)[2] == flags
     else:
         assert "have no meaning" in broken(frame)

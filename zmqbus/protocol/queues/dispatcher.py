@@ -143,20 +143,20 @@ class Dispatcher:
             for crew in self._pulled_by[line]:
                 crew.ready[line] = None
 
-    def withdraw(self, line: Line, origin: int, end: int) -> list[Work]:
+    def withdraw(self, line: Line, origin: int, end: int | None = None) -> list[Work]:
         """Take back the newest works of an origin, down to the first of which something was delivered. Oldest first.
 
         `end` is one past the last message that was ever added: of works that are not the newest, for those behind them
-        have been settled already, none is taken back.
+        have been settled already, none is taken back then, nor behind a hole.
         """
         found = self._lines.get(line)
         works: list[Work] = []
         for work in reversed(found.works if found is not None else {}):
             if work.batch.origin == origin:
-                if work.batch.end != end or work.touched or work.attempts or work.done:
+                if end not in (None, work.batch.end) or work.touched or work.attempts or work.done:
                     break
                 works.append(work)
-                end = work.batch.first
+                end = end and work.batch.first
         if found is not None and works:
             gone = set(works)
             for due, key, run in [entry for entry in self._delays.entries() if entry[2].work in gone]:
