@@ -15,8 +15,10 @@ import pytest
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 BENCH = [sys.executable, str(TOOLS / "bench")]
-COMMANDS = ("all", "durable", "idle", "join", "many", "match", "pubsub", "queue", "readback", "recovery", "roundtrip")
-COMMANDS = ("all", "durable", "idle", "join", "many", "match", "pubsub", "readback", "recovery", "request", "roundtrip")
+COMMANDS = (
+    *("all", "durable", "idle", "join", "many", "match", "pubsub", "queue", "readback", "recovery", "request"),
+    "roundtrip",
+)
 
 sys.path.append(str(TOOLS))
 

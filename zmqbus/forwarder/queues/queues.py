@@ -349,7 +349,7 @@ class Queues:
         for line in self._dispatcher.figures(now()):
             if (its := self._stock.of(line.line)) is not None:
                 figures = found[its.name]
-                figures.waiting += line.waiting + line.delayed
+                figures.waiting += line.waiting
                 figures.in_flight += line.in_flight
                 figures.delayed += line.delayed
                 figures.redelivered += line.redelivered

@@ -143,15 +143,20 @@ class Dispatcher:
             for crew in self._pulled_by[line]:
                 crew.ready[line] = None
 
-    def withdraw(self, line: Line, origin: int) -> list[Work]:
-        """Take back the newest works of an origin, down to the first that was ever touched. They come oldest first."""
+    def withdraw(self, line: Line, origin: int, end: int) -> list[Work]:
+        """Take back the newest works of an origin, down to the first of which something was delivered. Oldest first.
+
+        `end` is one past the last message that was ever added: of works that are not the newest, for those behind them
+        have been settled already, none is taken back.
+        """
         found = self._lines.get(line)
         works: list[Work] = []
         for work in reversed(found.works if found is not None else {}):
             if work.batch.origin == origin:
-                if work.touched or work.attempts or work.done:
+                if work.batch.end != end or work.touched or work.attempts or work.done:
                     break
                 works.append(work)
+                end = work.batch.first
         if found is not None and works:
             gone = set(works)
             for due, key, run in [entry for entry in self._delays.entries() if entry[2].work in gone]:
@@ -388,8 +393,8 @@ class Dispatcher:
             line.in_flight -= count
         else:
             line.waiting -= count
+        member.silent = False
         self._take_away(member, delivery, bits)
-        self._heard(member)
         return Run(work, bits, delivery.attempt) if bits else None, count > 0 and count == last - first + 1
 
     def _take_away(self, member: Member, delivery: Delivery, bits: int) -> None:
