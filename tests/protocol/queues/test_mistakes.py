@@ -131,6 +131,7 @@ MISTAKES: dict[str, tuple[Any, str, Any]] = {
         "_die",
         lambda original, self, line, run, reason: (original(self, line, run, reason), self.dead.pop()),
     ),
+    "what has failed is not noted": after(Dispatcher, "tick", lambda _, self, *__: self.changed.clear()),
     "an extended lease runs out": (
         Dispatcher,
         "extend",
