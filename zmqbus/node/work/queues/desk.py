@@ -177,11 +177,10 @@ class Desk:
         self.deliver()
 
     def _send(self, worker: Worker, deliveries: list[Delivery]) -> None:
-        joined = self.workers[worker]
         entries: list[tuple[int, int]] = []
         parts: list[bytes] = []
         size = 0
-        for at, delivery in enumerate(deliveries):
+        for delivery in deliveries:
             try:
                 batch = cut_batch(delivery.work.batch, delivery.first, delivery.last)
             except RemoteProtocolError as error:  # whoever sent it: nobody can do it
@@ -191,12 +190,17 @@ class Desk:
             entries.append((delivery.number, delivery.attempt))
             parts += batch.parts
             size += batch.size
-            if size >= JOB_BYTES or at == len(deliveries) - 1:
-                if not self._answer(joined.identity, commands.Job(worker[1], entries), joined.request, parts):
-                    # It reads nothing, or is no longer there: should it be back, it is told to JOIN again.
-                    self.leave(worker, None)
-                    return
+            if size >= JOB_BYTES:
+                self._job(worker, entries, parts)
                 entries, parts, size = [], [], 0
+        if entries:
+            self._job(worker, entries, parts)
+
+    def _job(self, worker: Worker, entries: list[tuple[int, int]], parts: list[bytes]) -> None:
+        joined = self.workers.get(worker)
+        body = commands.Job(worker[1], entries)
+        if joined is not None and not self._answer(joined.identity, body, joined.request, parts):
+            self.leave(worker, None)  # it reads nothing, or is not there; should it be back, it is told to JOIN again
 
     # --- the rest ----------------------------------------------------------------------------------
 
