@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from zmqbus.protocol.frames import QUEUED, Batch
+from zmqbus.protocol.queues.dispatcher import Dispatcher
 from zmqbus.protocol.queues.work import Delivery, Figures, Line, Team, Work
 
 LINES: list[Line] = [(None, "jobs.a"), (None, "jobs.b"), ("g", "logs.x"), ("h", "logs.x"), (None, "$dead.jobs.a")]
@@ -292,9 +293,14 @@ class Model:
             if len(waiting) > len(last):
                 assert len(able) <= bool(last), "workers with credit, and messages that wait"
 
-    def agrees(self, figures: list[Figures]) -> None:
+    def agrees(self, dispatcher: Dispatcher) -> None:
         """Whether the figures are as they should be."""
+        figures = dispatcher.figures(self.now)
         assert {f.line for f in figures} == set(self.tallies)
+        for line in LINES:
+            waiting = len(self.messages(line, WAITING))
+            pulled = any(line in TEAMS[worker.team] for worker in self.workers.values())
+            assert (dispatcher.waiting(line), dispatcher.is_pulled(line)) == (waiting, pulled)
         for figure in figures:
             line, tally = figure.line, self.tallies[figure.line]
             assert figure == Figures(

@@ -18,12 +18,14 @@ class Pair:
         self.heads: dict[tuple[Line, int], int] = {}
         self.finished: set[Work] = set()
         self.dead: list[Dead] = []
+        self.noted: dict[Work, tuple[int, dict[int, int]]] = {}
 
     def push(self, line: Line, origin: int, count: int, done: int, attempts: dict[int, int], due: dict[int, float]):
         first = self.heads.get((line, origin), 1)
         self.heads[line, origin] = first + count
         work = work_of(line, origin, first, count, done, attempts)
         self.model.add(work, due)
+        self.noted[work] = (work.done, dict(work.attempts))
         self.dispatcher.add(work, self.model.now, due)
 
     def join(self, name: str, team: Team, lease: float, credit: int) -> None:
@@ -148,8 +150,13 @@ class Pair:
         """Is everything as it should be?"""
         self.outcome()
         assert {w for w, ms in self.model.works.items() if all(m.state == DONE for m in ms)} <= self.finished
-        self.model.agrees(self.dispatcher.figures(self.model.now))
+        self.model.agrees(self.dispatcher)
         self.model.attempts_agree()
+        for work in self.model.works:
+            what = (work.done, dict(work.attempts))
+            assert what == self.noted[work] or work.line in self.dispatcher.changed, "an owner would not write it down"
+            self.noted[work] = what
+        self.dispatcher.changed.clear()
         soonest = min(
             [m.until for ms in self.model.works.values() for m in ms if m.state == DELAYED]
             + [
