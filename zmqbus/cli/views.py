@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from zmqbus.cli.messages.forms import human_age, human_bytes, moment, rfc3339
+from zmqbus.cli.messages.forms import human_age, human_bytes, moment, rfc3339, told_claims
 from zmqbus.cli.shell import remark
 from zmqbus.cli.shell.bus import SETTLE, Bus, Duration, Watch, settle
 from zmqbus.cli.shell.output import Column, make_table, on_terminal, show_table
@@ -48,7 +48,7 @@ def _cells(peer: Peer) -> list[str]:
     texts = map(
         escape, (peer.name, f"{peer.origin:016x}", peer.host, str(peer.pid), peer.role, peer.inbox, peer.version)
     )
-    return [*texts, age, escape(" ".join(peer.claims))]
+    return [*texts, age, escape(" ".join(told_claims(peer.claims)))]
 
 
 def _row(peer: Peer) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _row(peer: Peer) -> dict[str, Any]:
         "role": peer.role,
         "inbox": peer.inbox,
         "pub": peer.pub,
-        "claims": list(peer.claims),
+        "claims": told_claims(peer.claims),
         "release": peer.version,
         "started": rfc3339(moment(peer.epoch / 1e9)),
     }

@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from zmqbus.cli import shell
-from zmqbus.cli.messages.forms import human_age, human_bytes, human_rate
+from zmqbus.cli.messages.forms import human_age, human_bytes, human_rate, told_claims
 from zmqbus.cli.shell import remark
 from zmqbus.cli.shell.bus import SETTLE, Bus, Duration
 from zmqbus.cli.shell.output import Column, plural, show_table
@@ -49,7 +49,7 @@ def _row(told: Told) -> dict[str, Any]:
         "host": peer.host,
         "pid": peer.pid,
         "inbox": peer.inbox,
-        "claims": list(peer.claims),
+        "claims": told_claims(peer.claims),
         "answered": figures is not None,
     }
     if figures is not None:
@@ -73,7 +73,7 @@ def _cells(told: Told) -> list[str]:
     from zmqbus.cli.messages.render import escape
 
     peer, figures = told.peer, told.figures
-    name, claims = escape(peer.name), escape(" ".join(peer.claims))
+    name, claims = escape(peer.name), escape(" ".join(told_claims(peer.claims)))
     if figures is None:
         return [name, claims, "?"] + [""] * (len(_FORWARDERS) - 3)
     first, following = figures.journal_first_offset, figures.journal_next_offset

@@ -25,7 +25,7 @@ import binascii
 import math
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, time, timedelta
 from functools import cached_property
 from typing import Any
@@ -287,6 +287,11 @@ def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
             break
         number /= step
     return shown + unit
+
+
+def told_claims(claims: Iterable[str]) -> list[str]:
+    """What a forwarder was told to claim. For dead letters of that it claims more, by itself."""
+    return [claim for claim in claims if not claim.startswith("$")]
 
 
 def human_age(seconds: float) -> str:

@@ -26,8 +26,9 @@ from zmqbus.protocol.frames import Batch
 from zmqbus.protocol.queues.work import Line, Team, Work, ones
 from zmqbus.protocol.topics import Matcher
 
-# What may be loaded of one backlog. With what a single read may add to it, it is also what bounds a cursor's data, of
-# which journals take 64 KiB: some 10 bytes for each work, a bit for each message, and what the name and `tried` take.
+# What may be loaded of one backlog. With the piece that a read may add to it, of some 1800 works or 65,000 messages, it
+# is also what bounds a cursor's data, of which journals take 64 KiB: 9 bytes for each work at most, a bit for each
+# message, and what the name and `tried` take.
 WORKS_MAX = 2048
 MESSAGES_MAX = 65_536
 PATTERNS_BYTES_MAX = 4096  # of one group, together
@@ -71,7 +72,6 @@ class Backlog:
         self.broken = False
         """It cannot be read."""
         self._kept = kept
-        self._start = place
         self._end = place + kept.reach  # before it all is settled but what is loaded, or left from an earlier life
         self._left = deque(unpack_runs(place, kept.left))
         self._tried = unpack_tried(place, kept.tried)
@@ -106,7 +106,7 @@ class Backlog:
         self.next = offset + batch.count
         done = self._settled_before(offset, batch.count)
         todo = batch.count - done.bit_count()
-        if offset < self.counted_to:
+        if not self.live and offset < self.counted_to:  # of a live one nothing was unread
             self.unread -= todo
         self.first_unread = None
         if not todo:
@@ -169,7 +169,9 @@ class Backlog:
         for offset, work in self.works.items():
             if offset >= reach:
                 break
-            runs.append(Run(offset, offset + work.batch.count, work.done))
+            count = work.batch.count
+            done = work.done if count <= MESSAGES_MAX else 0  # who sends batches that large has them done as a whole
+            runs.append(Run(offset, offset + count, done))
             if work.attempts:
                 tried += [(offset + index, count) for index, count in sorted(work.attempts.items())]
         for run in self._left:
@@ -191,11 +193,10 @@ class Backlog:
         return count - done.bit_count()
 
     def _settled_before(self, offset: int, count: int, forget: bool = True) -> int:
-        """Bits of what an earlier life has settled, or a later start has passed over."""
-        before = ones(min(self._start - offset, count)) if offset < self._start else 0
+        """Bits of what an earlier life has settled, or a start in the middle of a batch has passed over."""
         if offset >= self._end:
-            return before
-        done, end = ones(count), offset + count
+            return 0
+        done, end = ones(min(self._end - offset, count)), offset + count
         while forget and self._left and self._left[0].end <= offset:
             self._left.popleft()
         for run in self._left:
@@ -204,4 +205,4 @@ class Backlog:
             low, high = max(run.start, offset), min(run.end, end)
             if low < high:
                 done &= ~((ones(high - low) & ~(run.done >> low - run.start)) << low - offset)
-        return done | before
+        return done

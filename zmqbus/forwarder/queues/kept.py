@@ -22,7 +22,7 @@ from msgspec import Meta
 QUEUE_PREFIX, GROUP_PREFIX = "$queue ", "$group "
 NAME_BYTES_MAX = 255  # of a cursor
 HASH_BYTES = 8
-TRIED_MAX = 1536  # runs; more are forgotten when the forwarder ends, which costs an attempt too many
+TRIED_MAX = 1024  # runs; more are forgotten when the forwarder ends, which costs an attempt too many
 
 U64 = Annotated[int, Meta(ge=0)]
 

@@ -27,6 +27,14 @@ Entry = tuple[int, Batch]
 """An offset, and what is there."""
 
 
+class Room(NamedTuple):
+    """How much is to be read, at most: one piece more than any of these."""
+
+    bytes: int
+    messages: int
+    batches: int
+
+
 class Piece(NamedTuple):
     """What came of a read."""
 
@@ -49,8 +57,8 @@ class Loader:
         self._then = then
         self._readers: OrderedDict[Backlog, Reader] = OrderedDict()
 
-    def load(self, backlog: Backlog, size: int, messages: int) -> None:
-        """Read on for it, about so many bytes or messages; `then` is called with what there was."""
+    def load(self, backlog: Backlog, room: Room) -> None:
+        """Read on for it, until about that is filled; `then` is called with what there was."""
         backlog.busy = True
         reader = self._readers.pop(backlog, None)
         if reader is None:
@@ -58,7 +66,7 @@ class Loader:
             reader = Reader(self._journal, backlog.next, accept)
         self._readers[backlog] = reader
         queued = backlog.team is None
-        self._worker.submit(_read, reader, queued, size, messages, then=lambda p, e: self._done(backlog, reader, p, e))
+        self._worker.submit(_read, reader, queued, room, then=lambda p, e: self._done(backlog, reader, p, e))
 
     def close(self, backlog: Backlog) -> None:
         """It is not read any more, for now."""
@@ -75,8 +83,9 @@ class Loader:
         self._then(backlog, piece, error)
 
 
-def _read(reader: Reader, queued: bool, size: int, messages: int) -> Piece:
+def _read(reader: Reader, queued: bool, room: Room) -> Piece:
     """On the worker."""
+    size, messages, batches = room
     entries: list[Entry] = []
     dropped: list[tuple[int, int]] = []
     for _ in range(PIECES_MAX):
@@ -90,7 +99,7 @@ def _read(reader: Reader, queued: bool, size: int, messages: int) -> Piece:
                 entries.append((one.offset, batch))
                 size -= batch.size
                 messages -= one.count
-        if size <= 0 or messages <= 0 or reader.caught_up or not stored:
+        if size <= 0 or messages <= 0 or len(entries) >= batches or reader.caught_up or not stored:
             break
     return Piece(entries, reader.offset, dropped)
 

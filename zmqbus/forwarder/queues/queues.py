@@ -64,6 +64,7 @@ class Queues:
         self._tasks: set[asyncio.Task[None]] = set()
         self._founding: dict[str, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._segment = 0  # the last, when cursors were moved on
         self._stopped = self._closed = False
         self._scribe = Scribe(journal, committer, loop, warn, on_failure)
         self._graves = Graves(journal, engine, dead_claims(claims), warn, self._buried)
@@ -126,6 +127,8 @@ class Queues:
                 self._give_out()
             else:
                 self._stock.feed()
+            if self._segment != self._journal.segments[-1].base_offset:
+                self._keep_up()
 
     # --- what peers want ---------------------------------------------------------------------------
 
@@ -320,10 +323,15 @@ class Queues:
         self._stock.muster(self._desk.teams)
         if self._rivals.tick(now()):
             self._yield()
+        self._keep_up()
+
+    def _keep_up(self) -> None:
+        """Cursors that hold a segment of which they want nothing are moved on."""
         end, begins = self._journal.durable_offset, [segment.base_offset for segment in self._journal.segments]
+        self._segment = begins[-1]
         for backlog in self._stock.backlogs.values():
             if bisect_right(begins, backlog.committed) < bisect_right(begins, backlog.place(end)):
-                self._scribe.note(backlog)  # it holds a segment of which it wants nothing
+                self._scribe.note(backlog)
 
     # --- figures -----------------------------------------------------------------------------------
 
@@ -349,7 +357,7 @@ class Queues:
         for line in self._dispatcher.figures(now()):
             if (its := self._stock.of(line.line)) is not None:
                 figures = found[its.name]
-                figures.waiting += line.waiting + line.delayed
+                figures.waiting += line.waiting
                 figures.in_flight += line.in_flight
                 figures.delayed += line.delayed
                 figures.redelivered += line.redelivered

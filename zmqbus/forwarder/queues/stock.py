@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 
 from zmqbus.forwarder.queues.backlog import EVERYWHERE, MESSAGES_MAX, WORKS_MAX, Backlog
-from zmqbus.forwarder.queues.loading import Loader, Piece, Survey
+from zmqbus.forwarder.queues.loading import Loader, Piece, Room, Survey
 from zmqbus.forwarder.queues.tail import Tail
 from zmqbus.journal import Journal
 from zmqbus.net.clock import now, time_ns
@@ -135,16 +135,15 @@ class Stock:
             for backlog in self.tail.backlogs(batch.topic, bool(batch.flags & QUEUED)):
                 if not backlog.concerns(batch):
                     continue
+                if backlog.counted_to == EVERYWHERE:
+                    backlog.skip(offset, batch)
                 if backlog.live and backlog.wanted and not backlog.rival and self._has_room(backlog):
                     self._add(backlog.load(offset, batch), time)
                     fresh = True
-                    continue
-                if backlog.live:
+                elif backlog.live:
                     backlog.live = False
                     backlog.next = offset
                     self._want(backlog)
-                if backlog.counted_to == EVERYWHERE:
-                    backlog.skip(offset, batch)
         return fresh
 
     # --- from the disk -----------------------------------------------------------------------------
@@ -154,7 +153,8 @@ class Stock:
         for backlog in list(self._behind):
             if not backlog.busy and not backlog.broken and self._has_room(backlog, 2):
                 size = max(self._share - backlog.bytes, AHEAD_BYTES_MIN)
-                self._loader.load(backlog, size, MESSAGES_MAX - backlog.messages)
+                room = Room(size, MESSAGES_MAX - backlog.messages, WORKS_MAX - len(backlog.works))
+                self._loader.load(backlog, room)
 
     def _has_room(self, backlog: Backlog, parts: int = 1) -> bool:
         """Whether more of it may be loaded; with `parts`, whether less than one part of what may be is."""

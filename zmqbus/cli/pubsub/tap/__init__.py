@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zmqbus.cli import shell
-from zmqbus.cli.messages.forms import Fields, human_age, to_json
+from zmqbus.cli.messages.forms import Fields, human_age, to_json, told_claims
 from zmqbus.cli.pubsub.tap.drain import Drain
 from zmqbus.cli.pubsub.tap.views import Latest, Stream, Subjects, View
 from zmqbus.cli.shell import remark, stopping
@@ -171,7 +171,9 @@ class Sniffer:
                 remark(f"no forwarder is on bus {self._bus.name!r}, so there is no log to read; this is live")
             return None
         if not self._quiet:
-            said = ", ".join(f"{escape(peer.name)} ({escape(' '.join(peer.claims))})" for peer in forwarders)
+            said = ", ".join(
+                f"{escape(peer.name)} ({escape(' '.join(told_claims(peer.claims)))})" for peer in forwarders
+            )
             remark(f"reading the log of {said}: nothing but what is claimed, once it is on disk")
         return following
 
