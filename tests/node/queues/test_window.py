@@ -59,6 +59,23 @@ def test_it_shrinks_to_what_need_not_wait_longer_than_a_tenth_of_a_second(second
     assert window.size == size
 
 
+def test_large_jobs_are_fewer() -> None:
+    window = Window(None)
+    window.weigh(100 * 100, 100)
+    assert window.most == MOST
+    for _ in range(100):
+        window.weigh(4 * 1024 * 1024, 4)
+    assert 16 <= window.most <= 17
+    while window.dry(0.0, 0):
+        pass
+    assert window.size == window.most
+    window.weigh(10**9, 1)
+    assert window.size == 1, "one at least"
+    fixed = Window(100)
+    fixed.weigh(10**9, 1)
+    assert fixed.size == 100
+
+
 def test_it_never_grows_by_waiting() -> None:
     window = Window(None)
     assert not window.waited(1.0, 1000)

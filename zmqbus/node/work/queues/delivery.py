@@ -13,7 +13,6 @@ from zmqbus.node.work.queues.job import Job
 from zmqbus.node.work.queues.tie import Fail, Tie
 from zmqbus.protocol.frames import Batch
 
-MARGIN = 0.1  # of a lease: it began before the job came here, and what is given back has to arrive in time
 FORGOTTEN = "its handler let go of it, and neither acknowledged nor refused it"
 
 

@@ -24,7 +24,7 @@ import msgspec
 from zmqbus.errors import RemoteProtocolError
 from zmqbus.net.clock import now
 from zmqbus.node.events import Event, Warned
-from zmqbus.node.work.queues.delivery import MARGIN, Delivery, Loaded, Parcel, ranges_of
+from zmqbus.node.work.queues.delivery import Delivery, Loaded, Parcel, ranges_of
 from zmqbus.node.work.queues.job import REASON_MAX, Job
 from zmqbus.node.work.queues.tie import Fail, Tie
 from zmqbus.node.work.queues.window import START, WAIT, Window
@@ -32,6 +32,7 @@ from zmqbus.protocol.frames import Batch, ValueDecoder, decode_batches
 
 SLICE = 128  # jobs of a batch that are handed out without a look at what there is to say
 DIRTY_MAX = 64  # deliveries with something to say, before that is said at once
+PATIENCE = 0.5  # of a lease, for which a job may wait here: who begins it has at least the other half
 TOO_LONG = 1.0  # seconds for which a job waited: then too much of what came after it goes to others
 NOT, LATER, NOW = range(3)  # when the engine comes to collect
 
@@ -67,7 +68,7 @@ class Hand:
         """`wake`: to be called when there is something to take; None: consumers sleep on `bell`."""
         self.driver = driver
         self.window = Window(credit)
-        self.patience = lease * (1 - MARGIN)
+        self.patience = lease * PATIENCE
         self.ties: dict[int, Tie] = {}
         """By the origin of the owner. The engine's."""
         self.closed: Exception | None = None
@@ -374,6 +375,7 @@ class Hand:
                 continue
             self._latest = parcel.received
             if batches:
+                self.window.weigh(sum(map(len, parcel.parts)), sum(batch.count for batch in batches))
                 return True
         return False
 
