@@ -224,6 +224,26 @@ def test_the_end_of_a_block_says_it(node: zmqbus.Node, owner: ScriptedOwner) -> 
     }
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_any_exception_is_a_reason(node: zmqbus.Node, owner: ScriptedOwner) -> None:
+    """Of what a file name has in it, of none, and of one that cannot be had. They are said, and what follows them."""
+    worker = pull(node, owner, credit=100)
+    owner.give(*range(5))
+    jobs = take(worker, 5)
+    for job, error in zip(jobs, (OSError("a\udcffb"), ValueError(), Mute(), OSError("€" * 2000)), strict=False):
+        with pytest.raises(type(error)), job:
+            raise error
+    jobs[4].ack()
+    worker.flush(10)
+    said = {fail.jobs[0][1]: fail.reason for fail in owner.of(commands.Fail)}
+    assert said == {1: "OSError: a?b", 2: "ValueError", 3: "Mute", 4: f"OSError: {'€' * 991}"}
+    assert covered(owner.done) == [5]
+
+
 def test_an_idle_worker_says_at_once_what_it_has_done(
     node: zmqbus.Node, owner: ScriptedOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -594,6 +614,44 @@ def test_what_is_not_finished_in_time_has_failed(node: zmqbus.Node, owner: Scrip
         job.ack()
         assert wait_for(events, zmqbus.JobRefused)[0].seq == 1
     assert worker.refused == 1
+
+
+def test_what_was_acknowledged_just_before_the_end_is_not_failed(node: zmqbus.Node, owner: ScriptedOwner) -> None:
+    worker = pull(node, owner, credit=100)
+    owner.give(*range(40))
+    jobs = take(worker, 40)
+    acknowledged = 0
+
+    def work() -> None:
+        nonlocal acknowledged
+        for job in jobs:
+            time.sleep(0.005)
+            job.ack()
+            acknowledged += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    worker.close(0.1)
+    refused = worker.refused
+    owner.wait_for(lambda: owner.of(commands.Leave))
+    thread.join()
+    failed = covered([job for fail in owner.of(commands.Fail) for job in fail.jobs])
+    assert failed
+    assert sorted(failed + covered(owner.done)) == list(range(1, 41)), "each is one or the other"
+    eventually(lambda: worker.refused == len(failed))
+    assert refused == 0
+
+
+def test_a_job_left_in_hand_leaves_a_node_the_time_to_say_goodbye(bus: str, owner: ScriptedOwner) -> None:
+    with zmqbus.Node("closing", bus=bus, peers=[owner.inbox], discovery="static") as node:
+        node.wait_for_peers(1, timeout=10)
+        worker = pull(node, owner)
+        owner.give(1)
+        job = take(worker, 1)[0]
+        began = time.monotonic()
+        assert node.close(1.0) == []
+        assert 0.4 < time.monotonic() - began < 0.9
+        assert not job.settled
 
 
 def test_close_wakes_all_who_wait(node: zmqbus.Node, owner: ScriptedOwner) -> None:

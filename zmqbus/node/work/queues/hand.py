@@ -223,6 +223,7 @@ class Hand:
             while self._give_back_slice() or self._batches or self._split():
                 while self._batches:
                     self._give_back(*self._batches.popleft())
+            self.items = iter(())
             self.hasten()
             self.bell.notify_all()
         if self._wake is not None:
