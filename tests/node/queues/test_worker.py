@@ -263,6 +263,18 @@ def test_an_idle_worker_says_at_once_what_it_has_done(
     owner.wait_for(lambda: len(owner.done) == 2)
     first.ack()
     owner.wait_for(lambda: len(owner.done) == 3)
+    owner.give("for the thread")
+    thread.join()
+
+    for timeout in (0.0, 30.0):  # looks, or waits, with something in hand, and something to say
+        before = len(owner.done)
+        owner.give(4, 5)
+        take(worker, 1)[0].ack()
+        in_hand = take(worker, 1)[0]
+        thread = threading.Thread(target=worker.get, args=(timeout,))
+        thread.start()
+        owner.wait_for(lambda before=before: len(owner.done) == before + 1)
+        in_hand.ack()
     worker.close()
     thread.join()
 
