@@ -520,6 +520,26 @@ def test_who_gathers_many_before_they_are_done_gets_them(node: zmqbus.Node, owne
     worker.flush(10)
 
 
+def test_an_owner_that_is_new_is_asked_for_more_as_well(bus: str, owner: ScriptedOwner) -> None:
+    """It was granted little at first, because it need not have had anything."""
+    with (
+        owning(bus, "new") as new,
+        zmqbus.Node("w", bus=bus, peers=[owner.inbox, new.inbox], discovery="static") as node,
+    ):
+        node.wait_for_peers(2, timeout=10)
+        worker = pull(node, owner)
+        new.wait_for(lambda: new.joins)
+        worker._hand.window.size = 1000
+        count = new.credit
+        assert count < 100
+        new.give(*range(count))
+        jobs = take(worker, count)
+        assert worker.get(0) is None
+        new.wait_for(lambda: new.credit >= 1000)
+        for job in jobs:
+            job.ack()
+
+
 def test_as_many_as_wait_are_fed(node: zmqbus.Node, owner: ScriptedOwner) -> None:
     """Threads that have slow jobs at the same time are as good as a fast one."""
     worker = pull(node, owner)
@@ -567,6 +587,20 @@ def test_a_job_that_waited_too_long_is_given_back_unbegun(node: zmqbus.Node, own
     owner.wait_for(lambda: owner.credit == 5)
     job.ack()  # the handler's own business
     owner.wait_for(lambda: owner.done == [(first, 1, 1)])
+
+
+def test_who_comes_too_late_begins_nothing(
+    node: zmqbus.Node, owner: ScriptedOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the engine had no turn all that time, because a handler let nobody have one."""
+    monkeypatch.setattr(workers.Workers, "_watch", lambda self, pull: None)
+    worker = pull(node, owner, lease=0.4)
+    number, seq = owner.give("too late")
+    time.sleep(0.3)
+    owner.give("in time")
+    assert take(worker, 1)[0].value == "in time"
+    fail = owner.wait_for(lambda: owner.of(commands.Fail))[0]
+    assert (fail.how, fail.jobs) == ("return", [(number, seq, seq)])
 
 
 def test_what_waits_behind_a_job_that_is_extended_is_given_back_as_well(
@@ -664,6 +698,35 @@ def test_a_job_left_in_hand_leaves_a_node_the_time_to_say_goodbye(bus: str, owne
         assert node.close(1.0) == []
         assert 0.4 < time.monotonic() - began < 0.9
         assert not job.settled
+
+
+def test_close_waits_until_its_last_words_are_heard(node: zmqbus.Node, owner: ScriptedOwner) -> None:
+    owner.settles = False
+    worker = pull(node, owner)
+    owner.give(1, 2)
+    jobs = take(worker, 2)
+    jobs[0].ack()
+    began = time.monotonic()
+    thread = threading.Thread(target=worker.close, args=(10,))
+    thread.start()
+    jobs[1].nack()
+    owner.wait_for(lambda: owner.done and owner.of(commands.Fail))
+    time.sleep(0.3)
+    assert thread.is_alive()
+    identity, request, join = owner.joins[-1]
+    for _ in range(2):
+        owner.answer(identity, commands.Settled(join.id), request)
+    thread.join(5)
+    assert time.monotonic() - began < 5
+    assert worker.refused == 0
+
+    worker = pull(node, owner)
+    owner.give(3)
+    with node.events() as events:
+        take(worker, 1)[0].ack()
+        worker.close(0.2)
+        assert wait_for(events, zmqbus.JobRefused)[0].seq == 3, "nobody said that it is settled"
+    assert worker.refused == 1
 
 
 def test_close_wakes_all_who_wait(node: zmqbus.Node, owner: ScriptedOwner) -> None:
