@@ -41,6 +41,7 @@ from zmqbus.protocol.frames import (
     HEAD,
     HEADERS,
     HEARTBEAT,
+    QUEUED,
     RAW,
     ValueDecoder,
     encode_frame,
@@ -134,6 +135,7 @@ def test_kinds_and_flags() -> None:
         EXTERNAL | RAW: f"`EXTERNAL` and `RAW` ({RAW})",
     }
     assert f"of HEAD: {ASKS} is `ASKS`" in text
+    assert f"Beside any of these, {QUEUED} is `QUEUED`" in text
     drawn = re.search(r"version +kind +flags +count +origin +first seq +time_ns .*\n.*?((?:u\d+ +){7})", text)
     assert drawn
     sizes = [int(size) // 8 for size in re.findall(r"u(\d+)", drawn[1])]
@@ -182,6 +184,13 @@ COMMANDS: dict[str, tuple[Body, int]] = {
     "commit": (commands.Commit("indexer", 42, 1), 9),
     "unread": (commands.Unread(1), 0),
     "offer": (commands.Offer(0x99AABBCCDDEEFF00, [(b"logs.web1", 6)]), 0),
+    "join": (commands.Join(1, ["jobs.*"], "workers", 30_000, 32), 13),
+    "job": (commands.Job(1, [(17, 1)]), 13),
+    "done": (commands.Done(1, [(17, 5, 5)], 33), 13),
+    "settled": (commands.Settled(1, [(16, 1, 2)]), 13),
+    "fail": (commands.Fail(1, [(17, 6, 6)], "nack", 1500, "disk full", 34), 13),
+    "extend": (commands.Extend(1, 17, 60_000), 13),
+    "leave": (commands.Leave(1), 13),
     "stats": (commands.Stats(True, 1000), 4),
     "statistics": (
         commands.Statistics({"peers": 2, "load": 0.5}, [(b"a", 9, 300)], True, [("indexer", 42, True)]),
@@ -195,6 +204,7 @@ COMMANDS: dict[str, tuple[Body, int]] = {
 }
 LOGGED = [FRAMES["data"][0], FRAMES["data-external-raw"][0]]
 CARRIED = {
+    "job": [frame(b"jobs.a", QUEUED, 2, 5, packed("x", "y"))],
     "batches": FRAMES["data"][0],
     "log": [b"".join(part for parts in LOGGED for part in parts)],
     "request": [frames.encode_value({"image": 7}), frames.encode_value({"trace": "x1"})],
@@ -232,7 +242,7 @@ def described(kind: Any) -> str:
         case IntType(ge=0, le=None):
             return "uint"
         case IntType(ge=least, le=None):
-            return f"uint ≥ {least}"
+            return f"{'uint' if least >= 0 else 'int'} ≥ {least}"
         case IntType(ge=least, le=most):
             return f"uint {least} to {most}"
         case StrType() | BytesType():
@@ -311,6 +321,7 @@ MODULES = {
     **dict.fromkeys(("committer", "fetching", "outbox"), "node.storing"),
     **dict.fromkeys(("peering", "registry", "serving"), "node.peers"),
     "answering": "node.work.requests",
+    **dict.fromkeys(("desk", "owner"), "node.work.queues"),
     **dict.fromkeys(("discovery", "sockets", "keys"), "net"),
     **dict.fromkeys(("journal", "positions"), "journal"),
     **dict.fromkeys(("inflow", "readings"), "forwarder"),
@@ -331,7 +342,7 @@ def test_every_number(name: str) -> None:
 @pytest.mark.parametrize("module", [frames, commands])
 def test_no_constant_of_the_wire_is_missing(module: Any) -> None:
     short = module.__name__.rpartition(".")[2]
-    shown_as_kind_or_flag = {"DATA", "HEAD", "HEARTBEAT", "BALLAST", "HEADERS", "EXTERNAL", "RAW", "ASKS"}
+    shown_as_kind_or_flag = {"DATA", "HEAD", "HEARTBEAT", "BALLAST", "HEADERS", "EXTERNAL", "RAW", "QUEUED", "ASKS"}
     for name, value in vars(module).items():
         if name.isupper() and not name.startswith("_") and isinstance(value, int) and name not in shown_as_kind_or_flag:
             assert f"{short}.{name}" in NUMBERS or f"frames.{name}" in NUMBERS, name

@@ -5,11 +5,8 @@
 
 or, as a process of its own, `python -m tests.forwarder.chaos FOLDER SEED KILLS`, which prints the outcome as JSON.
 
-The **director** forks a process for each role (chaos_roles.py), and then, as its seed has it, kills them with -9, one
-after the other, and starts them anew on what they have left on their disks: at once, or after a while; often again
-before they are up; stopped ones as well. Now and then one kills itself, the moment it was told something. Some are only
-stopped, for a moment or for so long that all others take them for lost, and some are told to leave in good order. After
-the last kill everybody comes to an end: publishers when all they have published is durable and their outboxes are
+The **director** forks a process for each role (chaos_roles.py), and kills and restarts them: tests/chaos/director.py.
+After the last kill everybody comes to an end: publishers when all they have published is durable and their outboxes are
 empty, then consumers when they have read all there is, then forwarders. What must hold then is said by
 history_checker.py, and here:
 
@@ -27,61 +24,32 @@ tried a few times.
 from __future__ import annotations
 
 import ctypes
-import heapq
 import json
-import os
 import secrets
 import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
 
 import pytest
-from chaos_roles import (
-    CONSUMING,
-    FINALE,
-    OVER,
-    PUBLISHING,
-    STORING,
-    Life,
-    Stage,
-    World,
-    consume,
-    digest_of,
-    publish,
-    store,
-)
+from chaos_roles import CONSUMING, OVER, STORING, ForwarderLife, World, consume, digest_of, publish, store
 from history import Acked, Committed, Consumed, Failed, Journaled, Killed, Line, Opened, Recorder, Sent, load, parse
-from history_checker import Report, check
+from history_checker import check
 
+from tests.chaos.director import FINALE, PR_SET_PDEATHSIG, Director, Ended, Role
+from tests.chaos.verdict import Report
 from tests.forwarder.forwarders import stored
 from zmqbus.protocol.topics import Matcher
 
-PR_SET_PDEATHSIG = 1
 EVERYTHING = {"forwarder": [">"]}
 SHARED = {"logs": ["logs.>"], "metrics": ["metrics.>"]}
 TWINS = {"one": [">"], "two": [">"]}
 CURSORS = {"indexer": [">"], "archive": ["logs.*", "metrics.cpu"]}
-STEP = 0.18  # seconds between two deeds of the director, on average
-LOST = 6.5  # seconds after which everybody takes a silent node for lost
-YOUNG = 0.3  # seconds: a process of this age may not have opened its node yet, or not have met the others
-
-
-class Role:
-    """One place in the world, and the process that fills it now."""
-
-    def __init__(self, name: str, kind: str, weight: float, work: Callable[[Life], None]) -> None:
-        self.name, self.kind, self.weight, self.work = name, kind, weight, work
-        self.lives = 0
-        self.pid = 0
-        self.stopped = self.leaving = False
 
 
 class Outcome(NamedTuple):
@@ -99,206 +67,50 @@ class Outcome(NamedTuple):
     """What came out of anybody's stderr."""
 
 
-class Ended(AssertionError):
-    """A process ended that was not told to, or did not when it was."""
-
-
-class Director:
-    """Forks, kills, and waits."""
+class Chaos(Director):
+    """The director of such a world."""
 
     def __init__(self, seed: int, folder: Path) -> None:
-        self.seed = seed
-        self.rng = Random(seed)
         claims = (EVERYTHING, SHARED, TWINS)[seed % 3]
-        self.world = World(folder, f"chaos-{secrets.token_hex(6)}", seed, claims, claims is TWINS, Stage())
-        self.stage = self.world.stage
-        self.roles = [Role(name, "forwarder", 0.35 / len(claims), store) for name in claims]
+        roles = [Role(name, "forwarder", 0.35 / len(claims), store) for name in claims]
         for number in range(4):
             kind = "outbox" if number % 2 else "publisher"
             work = partial(publish, outbox=bool(number % 2))
-            self.roles.append(Role(f"{kind}-{number}", kind, 0.1, work))
+            roles.append(Role(f"{kind}-{number}", kind, 0.1, work))
         for cursor, patterns in CURSORS.items():
             for rival in (False, True):
                 work = partial(consume, cursor=cursor, patterns=patterns, rival=rival)
-                self.roles.append(Role(f"{cursor}{'-rival' * rival}", "consumer", 0.06, work))
-        self.kills: Counter[str] = Counter()
-        self.stops = self.leaves = 0
+                roles.append(Role(f"{cursor}{'-rival' * rival}", "consumer", 0.06, work))
+        super().__init__(seed, folder, roles)
+        self.world = World(folder, f"chaos-{secrets.token_hex(6)}", seed, claims, claims is TWINS, self.stage)
         self._recorder = Recorder(folder / "director.jsonl")
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = 0
 
-    # --- processes -----------------------------------------------------------------------------------
+    def life(self, role: Role) -> ForwarderLife:
+        return ForwarderLife(self.world, role.name, role.lives)
 
-    def start(self, role: Role) -> None:
-        """A new life."""
-        if role.pid:
-            return
-        role.lives += 1
-        role.leaving = False
-        life = Life(self.world, role.name, role.lives)
-        parent = os.getpid()
-        role.pid = os.fork()
-        if role.pid == 0:
-            code = 1
-            try:
-                os.dup2(os.open(self.path(role, "stderr"), os.O_WRONLY | os.O_CREAT, 0o600), 2)
-                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-                if os.getppid() == parent:
-                    life.begin()
-                    role.work(life)
-                    code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-
-    def path(self, role: Role, suffix: str) -> Path:
-        """Of a file of its present life."""
-        return self.world.folder / f"{role.name}-{role.lives:04}.{suffix}"
-
-    def kill(self, role: Role) -> None:
-        """kill -9, and reap it."""
-        if role.pid:
-            self.look(role)
-        if role.pid:
-            self._recorder.record(Killed(role.name))
-            os.kill(role.pid, signal.SIGKILL)
-            os.waitpid(role.pid, 0)
-            role.pid, role.stopped = 0, False
-            self.kills[role.kind] += 1
-
-    def look(self, role: Role) -> bool:
-        """Whether it still runs. Raises Ended, if it has ended badly."""
-        if role.pid:
-            pid, status = os.waitpid(role.pid, os.WNOHANG)
-            if pid:
-                role.pid = 0
-                if status == signal.SIGKILL:  # by its own hand
-                    self.kills[role.kind] += 1
-                    if self.stage.act == PUBLISHING:
-                        self.later(0.05, partial(self.start, role))
-                    else:
-                        self.start(role)
-                elif status:
-                    reason = self.path(role, "stderr").read_text()
-                    raise Ended(f"{role.name}, life {role.lives}, has ended with status {status}: {reason}")
-        return bool(role.pid)
-
-    def stop(self, role: Role, seconds: float) -> None:
-        """In its tracks, and let it go on later, if it still lives then."""
-        if role.pid and not role.stopped and self.look(role):
-            role.stopped = True
-            self.stops += 1
-            os.kill(role.pid, signal.SIGSTOP)
-            self.later(seconds, partial(self.go_on, role, role.lives))
-
-    def go_on(self, role: Role, life: int) -> None:
-        if role.stopped and role.lives == life:
-            role.stopped = False
-            os.kill(role.pid, signal.SIGCONT)
-
-    def leave(self, role: Role) -> None:
-        """Have it end in good order."""
-        if role.pid and not role.stopped and self.look(role):
-            self.leaves += 1
-            role.leaving = True
-            os.kill(role.pid, signal.SIGTERM)
-            self.later(0.2, partial(self.return_, role, role.lives))
-
-    def return_(self, role: Role, life: int) -> None:
-        """Start it again once it has left; what has happened to it meanwhile has been seen to."""
-        if role.lives == life and not role.stopped:
-            if self.look(role):
-                self.later(0.2, partial(self.return_, role, life))
-            else:
-                self.start(role)
-
-    # --- the schedule --------------------------------------------------------------------------------
-
-    def later(self, seconds: float, work: Callable[[], None]) -> None:
-        self._numbers += 1
-        heapq.heappush(self._due, (time.monotonic() + seconds, self._numbers, work))
-
-    def step(self) -> None:
-        """One deed; and see to the next."""
-        rng = self.rng
-        self.later(rng.expovariate(1 / STEP), self.step)
-        for role in self.roles:
-            self.look(role)
-        (role,) = rng.choices(self.roles, [each.weight for each in self.roles])
-        deed, seconds, age = rng.random(), rng.random(), rng.uniform(0, YOUNG)
-        if deed < 0.15:
-            self.stop(role, 1.5 * seconds)
-        elif deed < 0.16:
-            self.stop(role, LOST)
-        elif deed < 0.2:
-            self.leave(role)
-        elif deed < 0.35:  # gone for a while
-            self.kill(role)
-            self.later(seconds, partial(self.start, role))
-        else:
-            self.kill(role)
-            self.start(role)
-            if deed < 0.6:  # and killed again before it is up
-                self.later(age, partial(self.kill, role))
-                self.later(age, partial(self.start, role))
-
-    def play(self, kills: int) -> None:
-        """Until so many have been killed."""
-        for role in self.roles:
-            self.start(role)
-        self.later(0.5, self.step)
-        while self.kills.total() < kills:
-            at, _, work = heapq.heappop(self._due)
-            time.sleep(max(0.0, at - time.monotonic()))
-            work()
-        for role in self.roles:
-            self.go_on(role, role.lives)
+    def note_kill(self, role: Role) -> None:
+        self._recorder.record(Killed(role.name))
 
     def finish(self) -> None:
         """Everybody comes to an end, publishers first."""
-        self.stage.act = CONSUMING
-        leaving = [role for role in self.roles if role.leaving]
-        for role in self.roles:
-            if role not in leaving and not self.look(role):
-                self.start(role)
-        self.wait(leaving)
-        for role in leaving:
-            self.start(role)
+        self.calm(CONSUMING)
         self.wait(self.of("publisher", "outbox"))
-        given = Given(self.world.folder)
+        given = Given(self.folder)
         wanted = wishes(self.world)
-        deadline = time.monotonic() + FINALE
-        while any(lacking := [len(messages - given.to(cursor)) for cursor, messages in wanted.items()]):
-            if time.monotonic() > deadline:
-                raise Ended(f"consumers do not get to the end, they lack {lacking} messages")
-            for role in self.roles:
-                self.look(role)
-            time.sleep(0.1)
+        lacking: list[int] = []
+
+        def all_given() -> bool:
+            lacking[:] = [len(messages - given.to(cursor)) for cursor, messages in wanted.items()]
+            return not any(lacking)
+
+        self.wait_until(all_given, lambda: f"consumers do not get to the end, they lack {lacking} messages", FINALE)
         self.stage.act = STORING
         self.wait(self.of("consumer"))
         self.stage.act = OVER
         self.wait(self.of("forwarder"))
 
-    def of(self, *kinds: str) -> list[Role]:
-        """The roles of these kinds."""
-        return [role for role in self.roles if role.kind in kinds]
-
-    def wait(self, roles: list[Role]) -> None:
-        """Until all of them have ended."""
-        deadline = time.monotonic() + 2 * FINALE
-        while running := [role.name for role in roles if self.look(role)]:
-            if time.monotonic() > deadline:
-                raise Ended(f"{running} do not come to an end")
-            time.sleep(0.02)
-
     def close(self) -> None:
-        """Nobody is left behind."""
-        for role in self.roles:
-            if role.pid:
-                os.kill(role.pid, signal.SIGKILL)
-                os.waitpid(role.pid, 0)
-                role.pid = 0
+        super().close()
         self._recorder.close()
 
 
@@ -362,16 +174,15 @@ def judge(world: World) -> dict[str, Report]:
 def run(seed: int, folder: Path, kills: int) -> Outcome:
     """One world. Raises Ended."""
     began = time.monotonic()
-    director = Director(seed, folder)
+    director = Chaos(seed, folder)
     try:
         director.play(kills)
         director.finish()
     finally:
         director.close()
     reports = judge(director.world)
-    complaints = [f"{path.stem}: {text}" for path in sorted(folder.glob("*.stderr")) if (text := path.read_text())]
     seconds = time.monotonic() - began
-    return Outcome(seed, director.kills, director.stops, director.leaves, seconds, reports, complaints)
+    return Outcome(seed, director.kills, director.stops, director.leaves, seconds, reports, director.complaints())
 
 
 def main(folder: str, seed: str, kills: str, sabotage: str = "") -> None:

@@ -2,21 +2,16 @@
 
 Each is a fork of the director (chaos.py), which has no sockets and no threads. It draws what it does from its seed,
 writes down what it was told (history.py: one file for each life), and looks at the `Stage` for when to come to an end.
-A value follows from its message's id, so that whoever has to publish the same seq again publishes the same value.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
-import os
-import signal
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from random import Random
 from threading import Lock
@@ -24,6 +19,8 @@ from typing import Any, NamedTuple
 
 from history import Acked, Committed, Consumed, Failed, Opened, Recorder, Sent, digest
 
+from tests.chaos.director import FINALE, Life, Stage
+from tests.chaos.values import value_of
 from zmqbus import AsyncNode, BufferFull, Message, Node, NotDurable
 from zmqbus.errors import SubscriptionTaken, WaitTimeout
 from zmqbus.forwarder import Forwarder
@@ -35,38 +32,12 @@ BOTH = "both"  # what is said to be the journal where nobody can tell
 TOPICS = ("logs.a", "logs.b", "metrics.cpu", "metrics.mem")
 SEGMENT_BYTES = 1 << 20  # of journals, so that segments change while processes are killed
 OUTBOX_BYTES = 16 << 20
-FINALE = 60.0  # seconds for what must succeed once nobody is killed any more
-SUICIDE = 0.003  # of the times that a process was just told something, it is killed then
 PACE = 0.04  # seconds at most between two actions of a publisher
-
-
-def value_of(topic: str, origin: int, seq: int) -> bytes | str:
-    """The value of a message; one in 64 is larger than what travels in one frame."""
-    number = int.from_bytes(blake2b(f"{topic} {origin} {seq}".encode(), digest_size=8).digest(), "little")
-    size = 16_384 + number % 50_000 if number % 64 == 0 else (0, 20, 100, 100, 400, 2000)[number // 64 % 6]
-    text = f"{topic} {origin:x} {seq} " + "x" * size
-    return text if number >> 40 & 1 else text.encode()
 
 
 def digest_of(value: Any) -> str:
     """What stands for a value in a history."""
     return digest(value.encode() if isinstance(value, str) else value)
-
-
-class Stage:
-    """Memory that all processes of a world share: what is to be done."""
-
-    def __init__(self) -> None:
-        self._cells = memoryview(mmap.mmap(-1, 8)).cast("Q")
-
-    @property
-    def act(self) -> int:
-        """PUBLISHING, CONSUMING, STORING or OVER."""
-        return self._cells[0]
-
-    @act.setter
-    def act(self, act: int) -> None:
-        self._cells[0] = act
 
 
 class World(NamedTuple):
@@ -82,24 +53,12 @@ class World(NamedTuple):
     stage: Stage
 
 
-class Life:
+class ForwarderLife(Life):
     """One process of a role, from its start to its end."""
 
     def __init__(self, world: World, role: str, number: int) -> None:
-        self.world, self.role, self.number = world, role, number
-        self.rng = Random(f"{world.seed} {role} {number}")
-        self.stage = world.stage
-        self.leaving = False
-        """Told to end in good order, and soon."""
-
-    def begin(self) -> None:
-        """In the new process. SIGTERM is blocked until somebody looks for it."""
-
-        def leave(*_: object) -> None:
-            self.leaving = True
-
-        signal.signal(signal.SIGTERM, leave)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        super().__init__(world.folder, world.stage, world.seed, role, number)
+        self.world = world
 
     @property
     def is_publishing(self) -> bool:
@@ -111,22 +70,14 @@ class Life:
         """The same."""
         return self.stage.act <= CONSUMING and not self.leaving
 
-    def perhaps_die(self) -> None:
-        """By our own hand, where an instant is of interest that the director would hardly ever hit."""
-        if self.is_publishing and self.rng.random() < SUICIDE:
-            os.kill(os.getpid(), signal.SIGKILL)
-
     def recorder(self) -> Recorder:
-        return Recorder(self.world.folder / f"{self.role}-{self.number:04}.jsonl")
-
-    def pause(self, longest: float) -> None:
-        time.sleep(self.rng.uniform(0, longest))
+        return Recorder(self.folder / f"{self.name}.jsonl")
 
 
 # --- forwarders ------------------------------------------------------------------------------------
 
 
-def store(life: Life) -> None:
+def store(life: ForwarderLife) -> None:
     """Be a forwarder until all is over."""
 
     async def main() -> None:
@@ -192,7 +143,7 @@ class Account:
             self.acked(topic, upto[topic])
 
 
-def publish(life: Life, outbox: bool) -> None:
+def publish(life: ForwarderLife, outbox: bool) -> None:
     """Publish until told to stop, now and then as a new origin; then see to it that all is where it should be."""
     recorder = life.recorder()
     asynchronous = life.rng.random() < 0.4
@@ -201,7 +152,7 @@ def publish(life: Life, outbox: bool) -> None:
         over = asyncio.run(_publish_async(life, recorder, outbox)) if asynchronous else _publish(life, recorder, outbox)
 
 
-def _options(life: Life, outbox: bool, small: bool) -> dict[str, Any]:
+def _options(life: ForwarderLife, outbox: bool, small: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"bus": life.world.bus, "name": life.role, "acks": 2 if life.world.twins else 1}
     if small:
         options |= {"history_bytes": 100_000, "buffer_bytes": 300_000}
@@ -210,7 +161,7 @@ def _options(life: Life, outbox: bool, small: bool) -> dict[str, Any]:
     return options
 
 
-def _publish(life: Life, recorder: Recorder, outbox: bool) -> bool:
+def _publish(life: ForwarderLife, recorder: Recorder, outbox: bool) -> bool:
     """As one origin. Returns whether that was the last."""
     rng, small = life.rng, life.rng.random() < 0.4
     with Node(**_options(life, outbox, small)) as node:
@@ -279,7 +230,7 @@ def _publish(life: Life, recorder: Recorder, outbox: bool) -> bool:
         return over
 
 
-async def _publish_async(life: Life, recorder: Recorder, outbox: bool) -> bool:
+async def _publish_async(life: ForwarderLife, recorder: Recorder, outbox: bool) -> bool:
     """The same in asyncio."""
     rng = life.rng
     async with AsyncNode(**_options(life, outbox, small=False)) as node:
@@ -371,7 +322,7 @@ class Diary:
         self._recorder.record(*(Committed(f"{self._cursor}@{journal}", at) for journal, at in reached.items()))
 
 
-def consume(life: Life, cursor: str, patterns: list[str], rival: bool) -> None:
+def consume(life: ForwarderLife, cursor: str, patterns: list[str], rival: bool) -> None:
     """Read under a name, in several sessions, until told to stop; who is a `rival` takes it over, and then leaves."""
     recorder, rng = life.recorder(), life.rng
     session = rng.choice((_consume, _consume, _consume_together, _consume_async))
@@ -386,7 +337,7 @@ def consume(life: Life, cursor: str, patterns: list[str], rival: bool) -> None:
         life.pause(0.5)  # and then it takes it back
 
 
-def _consume(life: Life, open_diary: Callable[[], Diary], cursor: str, patterns: list[str]) -> None:
+def _consume(life: ForwarderLife, open_diary: Callable[[], Diary], cursor: str, patterns: list[str]) -> None:
     rng = life.rng
     with Node(life.role, bus=life.world.bus) as node:
         while life.is_consuming and rng.random() > 0.1:
@@ -412,7 +363,7 @@ def _consume(life: Life, open_diary: Callable[[], Diary], cursor: str, patterns:
             subscription.close()
 
 
-def _consume_together(life: Life, open_diary: Callable[[], Diary], cursor: str, patterns: list[str]) -> None:
+def _consume_together(life: ForwarderLife, open_diary: Callable[[], Diary], cursor: str, patterns: list[str]) -> None:
     """Two threads share a subscription. What they are given is written down in order; what they do with it is not."""
     diary, turn = open_diary(), Lock()
     in_hand: dict[int, tuple[str, int]] = {}
@@ -447,7 +398,7 @@ def _consume_together(life: Life, open_diary: Callable[[], Diary], cursor: str, 
         subscription.close()
 
 
-def _consume_async(life: Life, open_diary: Callable[[], Diary], cursor: str, patterns: list[str]) -> None:
+def _consume_async(life: ForwarderLife, open_diary: Callable[[], Diary], cursor: str, patterns: list[str]) -> None:
     rng = life.rng
 
     async def main() -> None:

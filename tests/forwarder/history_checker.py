@@ -54,9 +54,8 @@ from history import (
     Sent,
 )
 
+from tests.chaos.verdict import Broken, Report, Violation
 from zmqbus.protocol.topics import Matcher
-
-SHOWN = 20  # violations that a failing test prints; the first ones tell the story
 
 
 class Kind(StrEnum):
@@ -70,14 +69,6 @@ class Kind(StrEnum):
     INVENTED_ACK = "invented ack"
 
 
-class Violation(NamedTuple):
-    kind: Kind
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.what}"
-
-
 class Message(NamedTuple):
     topic: str
     origin: int
@@ -88,35 +79,6 @@ class Message(NamedTuple):
 
 
 Stream = tuple[str, int]
-
-
-class Broken(AssertionError):
-    """A history with violations."""
-
-
-class Report(NamedTuple):
-    """The verdict, and how much it rests on."""
-
-    violations: list[Violation]
-    counts: Counter[str]
-    """Events by name; and `redeliveries`, the repeated deliveries that are allowed."""
-
-    @property
-    def kinds(self) -> set[Kind]:
-        return {violation.kind for violation in self.violations}
-
-    def __str__(self) -> str:
-        seen = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
-        if not self.violations:
-            return f"sound: {seen}"
-        shown = [f"  {violation}" for violation in self.violations[:SHOWN]]
-        if more := len(self.violations) - SHOWN:
-            shown += [f"  … and {more:,} more"] if more > 0 else []
-        return "\n".join([f"{len(self.violations):,} violations in {seen}", *shown])
-
-    def raise_if_broken(self) -> None:
-        if self.violations:
-            raise Broken(str(self))
 
 
 class _Session:

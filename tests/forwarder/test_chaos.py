@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.chaos.worlds import worlds as run_worlds
+
 WORLDS, KILLS = 3, 90  # one of each kind, at the same time
 CAMPAIGN_WORLDS, CAMPAIGN_KILLS, CAMPAIGN_AT_ONCE = 36, 300, 2
-WORLD_TIMEOUT = 400.0  # seconds; of a world that ends, even if not well
-
-
-def world(seed: int, folder: Path, kills: int) -> dict[str, Any]:
-    """What came of one. What is found wrong is left in the folder."""
-    folder.mkdir()
-    argv = [sys.executable, "-m", "tests.forwarder.chaos", str(folder), str(seed), str(kills)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WORLD_TIMEOUT)
-    assert done.returncode == 0, f"ZMQBUS_SEED={seed}: {done.stderr}"
-    facts: dict[str, Any] = json.loads(done.stdout)
-    if not facts["broken"]:
-        shutil.rmtree(folder)
-    return facts
 
 
 def worlds(seeds: Iterator[int], folder: Path, kills: int, at_once: int) -> Counter[str]:
-    """What came of all; those that went wrong are told of together."""
-    kinds: Counter[str] = Counter()
-    broken: list[str] = []
-    with ThreadPoolExecutor(at_once) as threads:
-        for facts in threads.map(lambda seed: world(seed, folder / f"world-{seed}", kills), seeds):
-            print(json.dumps(facts))
-            if facts["broken"]:
-                broken.append(f"ZMQBUS_SEED={facts['seed']}, see {folder}/world-{facts['seed']}:")
-                broken += facts["broken"]
-            else:
-                kinds.update(facts["kills"])
-                kinds.update({f"{count} events": number for count, number in facts["counts"].items()})
-    assert not broken, "\n".join(broken)
-    return kinds
+    """What came of all."""
+    return run_worlds("tests.forwarder.chaos", seeds, folder, kills, at_once, [Path(__file__).parent])
 
 
 @pytest.mark.timeout(300)

@@ -28,11 +28,14 @@ async def main():
     while len(feed.attached) < 2:
         attached.clear()
         await asyncio.wait_for(attached.wait(), 10)
-    for number in range(20):
+    def send():
         for pub, name in zip(pubs, (b"a", b"b")):
-            pub.send_multipart([name, b"%d" % number])
-    while not int(socket.get(EVENTS)) & zmq.POLLIN:
+            pub.send_multipart([name, b"x"])
+    while not int(socket.get(EVENTS)) & zmq.POLLIN:  # the first may be sent before the subscriptions are there
+        send()
         await asyncio.sleep(0.01)
+    for _ in range(20):
+        send()
     await asyncio.sleep(0.1)
     for endpoint in endpoints:
         feed.disconnect(endpoint)

@@ -47,7 +47,7 @@ def test_whose_welcome_is_under_way_hears_bye(bus: str, monkeypatch: pytest.Monk
     welcomed = Peering._welcomed
 
     def later(peering: Peering, link: Link, command: Command | None) -> None:
-        if peering._who["name"] == "hasty" and command is not None:
+        if peering._membership.name == "hasty" and command is not None:
             link.awaits_welcome = True
             peering._loop.call_later(0.1, welcomed, peering, link, command)
         else:

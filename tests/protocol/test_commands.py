@@ -93,6 +93,20 @@ GOLDEN: list[tuple[Body, str]] = [
         commands.Offer(0x1122334455667788, [(b"a", 9)]),
         "82 a6 6f726967696e cf 1122334455667788 a5 6865616473 91 92 c4 01 61 09",
     ),
+    (
+        commands.Join(3, ["a.*"], "g", 500, 7),
+        "85 a2 6964 03 a8 7061747465726e73 91 a3 61 2e 2a a5 67726f7570 a1 67 "
+        "a8 6c656173655f6d73 cd 01 f4 a6 637265646974 07",
+    ),
+    (commands.Job(3, [(1, 2)]), "82 a2 6964 03 aa 64656c69766572696573 91 92 01 02"),
+    (commands.Done(3, [(1, 5, 9)], 8), "83 a2 6964 03 a4 646f6e65 91 93 01 05 09 a6 637265646974 08"),
+    (commands.Settled(3, [(1, 5, 9)]), "82 a2 6964 03 a7 72656675736564 91 93 01 05 09"),
+    (
+        commands.Fail(3, [(1, 5, 5)], "reject", -1, "no"),
+        "84 a2 6964 03 a4 6a6f6273 91 93 01 05 05 a3 686f77 a6 72 65 6a 65 63 74 a6 726561736f6e a2 6e 6f",
+    ),
+    (commands.Extend(3, 1, 500), "83 a2 6964 03 a8 64656c6976657279 01 a8 6c656173655f6d73 cd 01 f4"),
+    (commands.Leave(3), "81 a2 6964 03"),
     (commands.Stats(True, 1000), "82 a6 746f70696373 c3 a4 736b6970 cd 03e8"),
     (
         commands.Statistics({"peers": 2, "load": 0.5, "os": "x"}, [(b"a", 0, 300)], True, [("i", 12, True)]),
@@ -157,6 +171,13 @@ def test_codes_are_for_ever() -> None:
         "Commit": 13,
         "Unread": 14,
         "Offer": 15,
+        "Join": 16,
+        "Job": 17,
+        "Done": 18,
+        "Settled": 19,
+        "Fail": 20,
+        "Extend": 21,
+        "Leave": 22,
         "Stats": 24,
         "Statistics": 25,
         "Request": 26,
@@ -259,7 +280,7 @@ def test_every_required_field_is_required_and_typed(code: int) -> None:
         else:
             decode_command(wire(code, without))
         assert refusal(wire(code, {**good, field.encode_name: None}))
-        assert refusal(wire(code, {**good, field.encode_name: -1 if field.encode_name != "counters" else [1]}))
+        assert refusal(wire(code, {**good, field.encode_name: -2 if field.encode_name != "counters" else [1]}))
 
 
 def hello(**fields: Any) -> list[bytes]:

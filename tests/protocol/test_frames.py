@@ -24,6 +24,7 @@ from zmqbus.protocol.frames import (
     HEADERS,
     HEARTBEAT,
     HEARTBEAT_PREFIX,
+    QUEUED,
     RAW,
     SEQ_MAX,
     Batch,
@@ -75,6 +76,10 @@ GOLDEN = {
     "external and raw": (
         "61  00  01 01 0600 01000000  8877665544332211  ffffffffffffffff  00002a36fe9c9717",
         lambda: encode_frame(b"a\0", DATA, EXTERNAL | RAW, 1, ORIGIN, SEQ_MAX, TIME),
+    ),
+    "jobs": (
+        "61  00  01 01 0800 02000000  8877665544332211  0300000000000000  00002a36fe9c9717  92 a1 78 a1 79",
+        lambda: encode_frame(b"a\0", DATA, QUEUED, 2, ORIGIN, 3, TIME, encode_values(["x", "y"])),
     ),
     "head": (
         "61  00  01 02 0000 00000000  8877665544332211  0800000000000000  00002a36fe9c9717",
@@ -161,10 +166,10 @@ def test_four_billion_values_are_refused_before_anything_is_allocated() -> None:
     assert "4294967295 values cannot be in" in broken(data(b"\x91\xc0", count=0xFFFFFFFF))
 
 
-@pytest.mark.parametrize("flags", range(16))
+@pytest.mark.parametrize("flags", range(32))
 def test_only_flags_with_a_meaning_are_let_in(flags: int) -> None:
     frame = data(b"" if flags & EXTERNAL else b"\x92\x91\xc0\x91\xc0", flags=flags)
-    if flags in (0, HEADERS, EXTERNAL, EXTERNAL | HEADERS, EXTERNAL | RAW):
+    if flags & ~QUEUED in (0, HEADERS, EXTERNAL, EXTERNAL | HEADERS, EXTERNAL | RAW):
         assert parse_header(frame)[2] == flags
     else:
         assert "have no meaning" in broken(frame)
@@ -505,7 +510,11 @@ HINTS = [0x80, 0x81, 0x90, 0x91, 0x92, 0xA1, 0xC0, 0xC1, 0xC4, 0xC7, 0xD4, 0xD7,
 HOSTILE = st.lists(st.sampled_from(HINTS) | st.integers(0, 255), max_size=30).map(bytes)
 
 
-@given(HOSTILE, st.sampled_from([0, HEADERS, EXTERNAL, EXTERNAL | HEADERS, EXTERNAL | RAW]), st.integers(1, 4))
+@given(
+    HOSTILE,
+    st.sampled_from([0, HEADERS, EXTERNAL, EXTERNAL | HEADERS, EXTERNAL | RAW, QUEUED, QUEUED | EXTERNAL | RAW]),
+    st.integers(1, 4),
+)
 @settings(max_examples=300)
 @example(b"\x93\xa1y\x02\xa1\x80", 0, 3)  # a wrong type before a wrong encoding
 def test_random_payloads(payload: bytes, flags: int, count: int) -> None:

@@ -35,8 +35,11 @@ def _bound(kind: int) -> tuple[Any, str]:
     return socket, f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
 
 
-def raw_owner(parent: Parent, size: int, count: int, workers: int, credit: int) -> None:
-    """ROUTER: fills each worker's credit, then answers each acknowledgement with the next job."""
+def raw_owner(parent: Parent, size: int, count: int, workers: int, credit: int, whole: bool) -> None:
+    """ROUTER: fills each worker's credit, then answers each acknowledgement with the next job.
+
+    `whole`: by `send_multipart` and `recv_multipart`, as everybody writes it; else frame by frame.
+    """
     socket, endpoint = _bound(zmq.ROUTER)
     parent.tell(endpoint=endpoint)
     send, recv, more, value = socket.send, socket.recv, zmq.SNDMORE, bytes(size)
@@ -49,25 +52,33 @@ def raw_owner(parent: Parent, size: int, count: int, workers: int, credit: int) 
     for worker in there * credit:
         send(worker, more)
         send(value)
-    for _ in range(count - credit * workers):
-        worker = recv()
-        recv()
-        send(worker, more)
-        send(value)
-    for _ in range(credit * workers):
-        recv()
-        recv()
+    if whole:
+        send_multipart, recv_multipart = socket.send_multipart, socket.recv_multipart
+        for _ in range(count - credit * workers):
+            worker, _ack = recv_multipart()
+            send_multipart((worker, value))
+        for _ in range(credit * workers):
+            recv_multipart()
+    else:
+        for _ in range(count - credit * workers):
+            worker = recv()
+            recv()
+            send(worker, more)
+            send(value)
+        for _ in range(credit * workers):
+            recv()
+            recv()
     parent.tell(seconds=perf_counter() - start)
     parent.hear()
 
 
-def raw_worker(parent: Parent, endpoint: str, takes: float = 0.0) -> None:
+def raw_worker(parent: Parent, endpoint: str, whole: bool = False, takes: float = 0.0) -> None:
     """DEALER: says that it is there, and then of each job that it is done."""
     socket: Any = zmq.Context().socket(zmq.DEALER)
     socket.linger = 0
     socket.sndhwm = socket.rcvhwm = 0
     socket.connect(endpoint)
-    send, recv = socket.send, socket.recv
+    send, recv = socket.send, socket.recv_multipart if whole else socket.recv
     send(b"")
     while True:
         recv()

@@ -20,6 +20,7 @@ from zmqbus.cli.work.dead import dead
 from zmqbus.cli.work.pull import pull
 from zmqbus.cli.work.push import push
 from zmqbus.cli.work.queues import queues
+from zmqbus.cli.work.request import request
 from zmqbus.node import RELEASE
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in shell.EXIT_CODES.items())
@@ -90,5 +91,9 @@ def cli(context: click.Context, bus: str, key_file: str | None, interface: str |
     context.obj = Bus(bus, key_file, interface, peers)
 
 
-for command in (demo, pub, sub, tap, push, pull, queues, dead, nodes, topics, forwarder, journal, keygen, completion):
+COMMANDS = (
+    *(demo, pub, sub, tap, push, pull, queues, dead, request),
+    *(nodes, topics, forwarder, journal, keygen, completion),
+)
+for command in COMMANDS:
     cli.add_command(command)

@@ -54,6 +54,8 @@ def test_what_waits_is_handed_over_and_what_was_given_out_is_not(bus: str, tmp_p
                         job.ack()
                     await worker.flush(20)
                     assert seen == Counter(range(1000))
+                    [figures] = [one for one in forwarder.queues() if not one.group]
+                    assert (figures.waiting, figures.in_flight, figures.done) == (0, 0, 1000 - kept)
                     assert jobs.left == 0
 
                     # From now on it is the forwarder's, which also has the disk.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
@@ -75,7 +76,7 @@ class ScriptedOwner:
         return self.delivery, first
 
     def answer(self, identity: bytes, body: Body, request: int, parts: Sequence[bytes] = ()) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(zmq.ZMQError):  # who asked may be gone
             self._router.send_multipart([identity, *encode_command(body, request, parts)])
 
     def forget(self) -> None:

@@ -51,7 +51,9 @@ async def _keep(pipe: Connection, bus: str, name: str, journal: str) -> None:
             while (event := await events.get(0)) is not None:
                 if isinstance(event, Gap):
                     gaps.append((event.topic, event.origin, event.first, event.last))
-            pipe.send({"journaled": forwarder.counters()["journal_next_offset"], "gaps": list(gaps)})
+            worked = sum(one.done for one in forwarder.queues() if one.group)
+            offset = forwarder.counters()["journal_next_offset"]
+            pipe.send({"journaled": offset, "gaps": list(gaps), "worked": worked})
             await asyncio.sleep(REPORT / 2)
             match pipe.recv() if pipe.poll() else None:
                 case ("where",):

@@ -27,9 +27,11 @@ from zmqbus.errors import (
     JournalVersion,
     LogUnavailable,
     MessageTooLarge,
+    NoResponders,
     NoSpace,
     NotDurable,
     ParseError,
+    RequestTimeout,
     SubscriptionTaken,
     TopicError,
     UnsupportedValue,
@@ -69,7 +71,7 @@ def code_of(error: ZmqbusError) -> int:
     match error:
         case TopicError() | ParseError() | WhereError() | FormatError() | UnsupportedValue() | MessageTooLarge():
             return USAGE
-        case WaitTimeout() | NotDurable():
+        case WaitTimeout() | NotDurable() | NoResponders() | RequestTimeout():
             return TIMED_OUT
         case GapError():
             return LOST

@@ -93,8 +93,11 @@ class AsyncWorker:
                 job = hand.take()
                 if job is None:
                     hand.rest()
-                elif not hand.empty:
-                    self._takers.ring()  # for another
+                elif self._takers.waiting:
+                    if hand.empty:
+                        hand.dry(now())
+                    else:
+                        self._takers.ring()  # one was woken for all that came
             if job is not None:
                 return job
             if hand.closed is not None:
@@ -205,13 +208,13 @@ class _Takers:
     """The tasks that wait for jobs. The node holds this, and not the worker, which so can be collected."""
 
     def __init__(self) -> None:
-        self._waiting: dict[asyncio.Future[None], None] = {}
+        self.waiting: dict[asyncio.Future[None], None] = {}
 
     def ring(self) -> None:
         """Have one of them look, the first that came. It has the next one look if there is more."""
-        while self._waiting:
-            future = next(iter(self._waiting))
-            del self._waiting[future]
+        while self.waiting:
+            future = next(iter(self.waiting))
+            del self.waiting[future]
             if not future.done():
                 future.set_result(None)
                 return
@@ -219,7 +222,7 @@ class _Takers:
     async def wait(self, loop: asyncio.AbstractEventLoop, timeout: float | None) -> None:
         """Until there may be something to take, or for so long."""
         future: asyncio.Future[None] = loop.create_future()
-        self._waiting[future] = None
+        self.waiting[future] = None
         timer = None if timeout is None else loop.call_later(timeout, _finish, future)
         try:
             await future
@@ -228,7 +231,7 @@ class _Takers:
                 self.ring()  # what this one was woken for
             raise
         finally:
-            self._waiting.pop(future, None)
+            self.waiting.pop(future, None)
             if timer is not None:
                 timer.cancel()
 

@@ -17,12 +17,15 @@ from zmqbus.net.sockets import (
     EVENTS,
     LINGER,
     NOBLOCK,
+    POLLIN,
     POLLOUT,
+    SNDMORE,
     Again,
     Refused,
     Socket,
     SocketFactory,
     parse_monitor,
+    plain_send,
 )
 from zmqbus.protocol.commands import Body, Command, Error, UnknownCommand, decode_command, encode_command
 
@@ -30,6 +33,8 @@ DRAIN_MAX = 64  # commands taken in a row before other work has its turn
 HANG_UPS_WITHIN = 2.0  # seconds between two, for a verdict: libzmq dials again within 0.4
 MECHANISM_MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: one of the two has no key
 PASS_KEY = "pass it one: key= or --key-file"
+
+ZERO_COPY_MIN = 64 * 1024  # bytes of a part from which lending it costs less than a copy
 
 Answer = Callable[[Command | None], None]
 """Called once, with the answer, or with None when there is none in time. What is followed: each time, and with None
@@ -75,6 +80,7 @@ class Link:
         self._guarded = False
         self._broken_off_at = -inf
         self._socket = factory.dealer()
+        self._put = _putter(self._socket)
         self._monitor: Socket | None = None
         self._monitor_watch: FdWatch | None = None
         if on_refused is not None:
@@ -189,7 +195,7 @@ class Link:
         if self._socket.closed:
             return False
         try:
-            self._socket.send_multipart(parts, NOBLOCK)
+            self._put(parts)
         except Again:
             return False
         finally:
@@ -215,7 +221,8 @@ class Link:
         for _ in range(DRAIN_MAX):
             # libzmq looks for news of the connection at every 100th part it hands out. Between two parts of a message
             # the news that it is gone, which drops the rest (IMMEDIATE), would abort this process: have it look now.
-            self._socket.get(EVENTS)
+            if not int(self._socket.get(EVENTS)) & POLLIN:
+                return False
             try:
                 parts = self._socket.recv_multipart(NOBLOCK)
             except Again:
@@ -282,6 +289,7 @@ class Inbox:
         self._socket = socket
         self._on_command = on_command
         self._on_garbage = on_garbage
+        self._put = _putter(socket)
         self._watch = FdWatch(loop, socket, self._drain)
 
     def answer(self, identity: bytes, body: Body, request: int, batches: Sequence[bytes] = ()) -> bool:
@@ -289,7 +297,7 @@ class Inbox:
         if self._socket.closed:
             return False  # what waited for a disk may come late
         try:
-            self._socket.send_multipart([identity, *encode_command(body, request, batches)], NOBLOCK, copy=False)
+            self._put([identity, *encode_command(body, request, batches)])
         except Refused as error:
             if error.errno not in (errno.EAGAIN, errno.EHOSTUNREACH):
                 raise
@@ -305,6 +313,8 @@ class Inbox:
 
     def _drain(self) -> bool:
         for _ in range(DRAIN_MAX):
+            if not int(self._socket.get(EVENTS)) & POLLIN:  # half of what it costs to have `recv` raise
+                return False
             try:
                 identity, *parts = self._socket.recv_multipart(NOBLOCK)
             except Again:
@@ -320,3 +330,21 @@ class Inbox:
                 continue
             self._on_command(identity, command)
         return True
+
+
+def _putter(socket: Socket) -> Callable[[Sequence[bytes]], None]:
+    """Sends the parts of a message, all or none, as `send_multipart` does, in half the time where they are small."""
+    plain = plain_send(socket)
+
+    def put(parts: Sequence[bytes]) -> None:
+        flags, left = NOBLOCK | SNDMORE, len(parts)
+        for part in parts:
+            left -= 1
+            if not left:
+                flags = NOBLOCK
+            if len(part) < ZERO_COPY_MIN:
+                plain(part, flags)
+            else:
+                socket.send(part, flags, copy=False)
+
+    return put

@@ -13,7 +13,8 @@ class Responders:
     The next to be asked is who has fewest of them; among equals, who was asked longest ago.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, me: int) -> None:
+        self._me = me
         self._names: dict[int, str] = {}
         self._services: dict[int, frozenset[str]] = {}
         self._by_service: dict[str, dict[int, None]] = {}
@@ -25,7 +26,7 @@ class Responders:
         """A node introduced itself, or said its services anew. Returns whether that changes who responds to what."""
         self._names[origin] = name
         if len(self._names) > NAMES_MAX:
-            self.forget(next(iter(self._names)))
+            self.forget(next(other for other in self._names if other != self._me))
         return self.serves(origin, services)
 
     def serves(self, origin: int, services: Iterable[str]) -> bool:

@@ -143,15 +143,20 @@ class Dispatcher:
             for crew in self._pulled_by[line]:
                 crew.ready[line] = None
 
-    def withdraw(self, line: Line, origin: int) -> list[Work]:
-        """Take back the newest works of an origin, down to the first that was ever touched. They come oldest first."""
+    def withdraw(self, line: Line, origin: int, end: int | None = None) -> list[Work]:
+        """Take back the newest works of an origin, down to the first of which something was delivered. Oldest first.
+
+        With `end`, one past the last message that was ever added, only as far as they follow each other without a hole:
+        where one in between or behind has been settled already, what was before it stays.
+        """
         found = self._lines.get(line)
         works: list[Work] = []
         for work in reversed(found.works if found is not None else {}):
             if work.batch.origin == origin:
-                if work.touched or work.attempts or work.done:
+                if work.touched or work.attempts or work.done or end not in (None, work.batch.end):
                     break
                 works.append(work)
+                end = None if end is None else work.batch.first
         if found is not None and works:
             gone = set(works)
             for due, key, run in [entry for entry in self._delays.entries() if entry[2].work in gone]:
@@ -203,7 +208,7 @@ class Dispatcher:
         if answered is not None:
             answered.attempt -= 1
             if answered.work.attempts:  # where the lease had run out it was counted already
-                _count(answered)
+                self._count(answered)
             self._wait(self._lines[answered.work.line], answered)
         return whole
 
@@ -388,8 +393,8 @@ class Dispatcher:
             line.in_flight -= count
         else:
             line.waiting -= count
+        member.silent = False
         self._take_away(member, delivery, bits)
-        self._heard(member)
         return Run(work, bits, delivery.attempt) if bits else None, count > 0 and count == last - first + 1
 
     def _take_away(self, member: Member, delivery: Delivery, bits: int) -> None:
@@ -424,14 +429,25 @@ class Dispatcher:
 
     def _failed(self, line: Waiting, run: Run, reason: str, due: float = 0.0) -> None:
         """Attempt number `run.attempt` was in vain: once more, not before `due`, or never."""
-        _count(run)
-        self.changed.add(run.work.line)
+        self._count(run)
         if line.limited and run.attempt >= self._attempts_max:
             self._die(line, run, reason)
         elif due:
             self._delay(line, run, due)
         else:
             self._wait(line, run)
+
+    def _count(self, run: Run) -> None:
+        """Note in the work how many attempts count against these messages."""
+        work = run.work
+        self.changed.add(work.line)
+        if work.attempts is NO_ATTEMPTS:
+            work.attempts = {}
+        for index in indexes(run.todo):
+            if run.attempt:
+                work.attempts[index] = run.attempt
+            else:
+                work.attempts.pop(index, None)
 
     def _wait(self, line: Waiting, run: Run) -> None:
         line.waiting += run.todo.bit_count()
@@ -471,18 +487,6 @@ class Dispatcher:
         if work.done.bit_count() == work.batch.count:
             del line.works[work]
             self.finished.append(work)
-
-
-def _count(run: Run) -> None:
-    """Note in the work how many attempts count against these messages."""
-    work = run.work
-    if work.attempts is NO_ATTEMPTS:
-        work.attempts = {}
-    for index in indexes(run.todo):
-        if run.attempt:
-            work.attempts[index] = run.attempt
-        else:
-            work.attempts.pop(index, None)
 
 
 def _back_off(attempt: int) -> float:

@@ -9,7 +9,7 @@ from zmqbus.errors import RemoteProtocolError
 from zmqbus.protocol.frames import HEADERS, Batch, ValueDecoder, cut_batch
 from zmqbus.protocol.queues.work import Dead
 
-DEAD_PREFIX = "$dead."
+DEAD_PREFIX = "$dead."  # of their topics: what is there does not die again
 DUE = "$due"  # ns since 1970
 REASON, ATTEMPTS, ORIGIN, SEQ, QUEUE = "$reason", "$attempts", "$origin", "$seq", "$queue"
 GROUP = "$group"  # that gave up what was published

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Collection
 from typing import NamedTuple
 
-from zmqbus.protocol.queues.work import DEAD_PREFIX, Line, Run, Work, lowest_run, ones
+from zmqbus.protocol.queues.letters import DEAD_PREFIX
+from zmqbus.protocol.queues.work import Line, Run, Work, lowest_run, ones
 
 CHUNK = 128  # messages to a delivery; of 100 bytes, 13 KB: worth a message of its own, and soon done
 

@@ -16,8 +16,6 @@ from zmqbus.protocol.frames import Batch
 Line = tuple[str | None, str]
 """What waits together: (group, topic). No group (None): it was pushed, any team that pulls the topic may have it."""
 
-DEAD_PREFIX = "$dead."  # of topics of dead letters, which do not die again
-
 NO_ATTEMPTS: dict[int, int] = {}  # what most works have, shared and never changed: a million of them may wait
 
 

@@ -206,13 +206,20 @@ class Hand:
         """Give back what waited too long. Returns when to look again; None: when something has come."""
         with self.bell:
             time = now()
-            while (deadline := self._next_deadline()) is not None and deadline <= time:
+            loaded = self._loaded
+            due = inf
+            if loaded is not None and (length_hint(self._source) or loaded.at < len(loaded.values)):
+                due = loaded.delivery.deadline  # which may have been extended
+                if due <= time:
+                    self.stuck = self._give_back_slice()
+                    due = inf
+            while (self._batches or self._split()) and self._batches[0][0].deadline <= time:
                 self.stuck = True
-                if not self._give_back_slice() and self._batches:
-                    self._give_back(*self._batches.popleft())
+                self._give_back(*self._batches.popleft())
             if self.failures:
                 self.hasten()
-            return deadline
+            due = min(due, self._batches[0][0].deadline if self._batches else inf)
+            return None if due == inf else due
 
     def stop(self, reason: Exception) -> None:
         """No more jobs: what was not begun is given back."""
@@ -254,11 +261,24 @@ class Hand:
         """The next job; others may be in `items` then. None: there is none now, or no more (see `closed`)."""
         while True:
             for job in self.items:
-                if self._asleep and not self.empty:
-                    self.bell.notify()  # one was woken for all that came
+                if self._asleep:  # one was woken for all that came
+                    if self.empty:
+                        self.dry(now())
+                    else:
+                        self.bell.notify()
                 return job
             if self.closed is not None or not self._next_slice():
                 return None
+
+    def dry(self, time: float) -> None:
+        """Somebody waits, and there is nothing left. Perhaps that is because no more may be sent."""
+        if (
+            not self._grown
+            and any(tie.received >= tie.granted and not tie.gone for tie in list(self.ties.values()))
+            and self.window.dry(time - self._latest)
+        ):
+            self._grown = True
+            self.hasten()
 
     def sleep(self, timeout: float | None) -> None:
         """Wait until there may be something to take. Lets go of the lock meanwhile."""
@@ -291,7 +311,7 @@ class Hand:
             if not self._batches and not self._split():
                 self.items = self._source = iter(())  # they would keep their delivery alive
                 self._loaded = None
-                self._dry(time)
+                self.dry(time)
                 return False
             delivery, batch = self._batches.popleft()
             if delivery.deadline <= time:
@@ -356,16 +376,6 @@ class Hand:
                 return True
         return False
 
-    def _dry(self, time: float) -> None:
-        """There is nothing left. Perhaps that is because no more may be sent."""
-        if (
-            not self._grown
-            and any(tie.received >= tie.granted and not tie.gone for tie in list(self.ties.values()))
-            and self.window.dry(time - self._latest)
-        ):
-            self._grown = True
-            self.hasten()
-
     @property
     def _busy(self) -> int:
         """Jobs that were handed out and are not settled."""
@@ -404,12 +414,3 @@ class Hand:
         for first, last in ranges_of(seqs):
             delivery.fail(first, last, "return", -1, "")
         return True
-
-    def _next_deadline(self) -> float | None:
-        loaded = self._loaded
-        if loaded is not None and (length_hint(self._source) or loaded.at < len(loaded.values)):
-            return loaded.delivery.deadline
-        self._loaded = None
-        if not self._batches and not self._split():
-            return None
-        return self._batches[0][0].deadline

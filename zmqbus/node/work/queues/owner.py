@@ -287,7 +287,7 @@ class Owner:
         self._desk.deliver()
 
     def _hand_over(self, queue: Queue) -> None:
-        for work in self._dispatcher.withdraw((None, queue.publisher.topic), self._outlet.origin):
+        for work in self._dispatcher.withdraw((None, queue.publisher.topic), self._outlet.origin, queue.end):
             queue.end = min(queue.end, work.batch.first)
         while queue.works and queue.works[-1].batch.first >= queue.end:
             queue.works.pop()

@@ -168,7 +168,10 @@ class Answering:
 
     def _stop(self, responder: Responder) -> None:
         for incoming in responder.stop():
-            self.end(incoming, Error("service", f"{responder.service!r} is no longer responded to here"))
+            self._let_go(incoming)
+            error = self.take(incoming)  # by another responder of this node
+            if error is not None and incoming.claim():
+                incoming.send(error, ())
 
     async def leave(self, timeout: float) -> None:
         """Take no more, and wait for what has been begun with. What is not done then fails."""
@@ -276,14 +279,18 @@ class Answering:
 
     def ended(self, incoming: Incoming, body: Body | None, parts: tuple[bytes, ...] = ()) -> None:
         """The same, by who has claimed it."""
-        del self._open[incoming]
-        self._bytes -= len(incoming.packed) + len(incoming.headers)
-        if incoming.responder is not None:
-            incoming.responder.unanswered -= 1
+        self._let_go(incoming)
         if body is None:
             self.dropped += 1
         else:
             self.answered += 1
             incoming.send(body, parts)
+
+    def _let_go(self, incoming: Incoming) -> None:
+        del self._open[incoming]
+        self._bytes -= len(incoming.packed) + len(incoming.headers)
+        if incoming.responder is not None:
+            incoming.responder.unanswered -= 1
+            incoming.responder = None
         if not self._open:
             self._host.peering.registry.changed()

@@ -22,7 +22,7 @@ class Exchange:
     """What this node asks, and what it answers."""
 
     def __init__(self, host: Host, loop: asyncio.AbstractEventLoop, name: str) -> None:
-        self.responders = Responders()
+        self.responders = Responders(host.origin)
         self.responders.heard(host.origin, name, ())
         self.answering = Answering(host, loop, self.responders)
         self.asking = Asking(host, loop, self.responders, self.answering)
