@@ -18,9 +18,9 @@ from math import ceil
 from threading import Lock
 from typing import Protocol
 
-from zmqbus.errors import RemoteProtocolError, RequestTimeout, ZmqbusError
+from zmqbus.errors import RemoteProtocolError, RequestTimeout, ResponderLost, ZmqbusError
 from zmqbus.net.clock import now
-from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, POLLIN, POLLOUT, Again, SocketFactory
+from zmqbus.net.sockets import EVENTS, FD, POLLIN, POLLOUT, Again, SocketFactory, plain_recv
 from zmqbus.node.peers.links import Link, putter
 from zmqbus.node.work.requests.answering import Peers
 from zmqbus.node.work.requests.asking import Call, Outcome, outcome_of
@@ -52,15 +52,11 @@ class Lane:
         self._number = 0
         self._socket = factory.dealer()
         factory.connect(self._socket, link.endpoint)
-        self._put = putter(self._socket)
+        self._put, self._take = putter(self._socket), plain_recv(self._socket)
+        self._get = self._socket.get
         self._poll = select.poll()
         self._poll.register(int(self._socket.get(FD)), select.POLLIN)
         self._poll.register(bell, select.POLLIN)
-
-    @property
-    def is_up(self) -> bool:
-        """Whether a request can be sent."""
-        return bool(int(self._socket.get(EVENTS)) & POLLOUT)
 
     def ask(self, call: Call, expires_at: float, me: int, name: str, lanes: Lanes) -> Outcome | commands.Error:
         """Send a request, and wait for what comes of it. An Error: it was surely not begun with.
@@ -74,10 +70,10 @@ class Lane:
         except Again:
             return commands.Error("lane", "it is not connected")
         while True:
-            events = int(self._socket.get(EVENTS))
+            events = int(self._get(EVENTS))
             if events & POLLIN:
                 try:
-                    command = decode_command(self._socket.recv_multipart(NOBLOCK))
+                    command = decode_command(self._take())
                 except Again:
                     continue
                 except RemoteProtocolError as error:
@@ -137,7 +133,7 @@ class Lanes:
                 outcome = lane.ask(call, call.expires_at, self._host.origin, name, self)
         finally:
             if lane is not None:
-                self._put_back(lane, is_good=outcome is not None and lane.is_up)
+                self._put_back(lane, is_good=outcome is not None and not isinstance(outcome, ResponderLost))
                 responders.ended(origin)
         if lane is None:
             call.chosen = origin
@@ -185,8 +181,6 @@ class Lanes:
             while idle and idle[-1].link is not link:
                 self._close(idle.pop())
             if idle:
-                if not idle[-1].is_up:
-                    return None
                 self.in_use += 1
                 self.asked += 1
                 return idle.pop()
