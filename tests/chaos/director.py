@@ -37,7 +37,7 @@ class Stage:
     """Memory that all processes of a world share: which act it is. The first, in which they are killed, is 0."""
 
     def __init__(self) -> None:
-        self._cells = memoryview(mmap.mmap(-1, 8)).cast("Q")
+        self._cells = memoryview(mmap.mmap(-1, 16)).cast("Q")
 
     @property
     def act(self) -> int:
@@ -47,6 +47,15 @@ class Stage:
     @act.setter
     def act(self, act: int) -> None:
         self._cells[0] = act
+
+    @property
+    def left(self) -> int:
+        """What is left to be done, as far as somebody has said so; for the others to see."""
+        return self._cells[1]
+
+    @left.setter
+    def left(self, left: int) -> None:
+        self._cells[1] = left
 
 
 class Life:
@@ -81,9 +90,10 @@ class Life:
 class Role:
     """One place in the world, and the process that fills it now."""
 
-    def __init__(self, name: str, kind: str, weight: float, work: Callable[[Life], None]) -> None:
-        """`weight`: how often it is its turn, compared to others."""
-        self.name, self.kind, self.weight, self.work = name, kind, weight, work
+    def __init__(self, name: str, kind: str, weight: float, work: Callable[[Life], None], delay: float = 0.0) -> None:
+        """`weight`: how often it is its turn, compared to others. `delay`: seconds, from the beginning of the world to
+        that of its first life."""
+        self.name, self.kind, self.weight, self.work, self.delay = name, kind, weight, work, delay
         self.lives = 0
         self.pid = 0
         self.stopped = self.leaving = False
@@ -241,7 +251,7 @@ class Director:
     def play(self, kills: int) -> None:
         """The first act, until so many have been killed."""
         for role in self.roles:
-            self.start(role)
+            self.later(role.delay, partial(self.start, role))
         self.later(0.5, self.step)
         while self.kills.total() < kills:
             at, _, work = heapq.heappop(self._due)

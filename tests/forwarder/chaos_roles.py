@@ -2,7 +2,6 @@
 
 Each is a fork of the director (chaos.py), which has no sockets and no threads. It draws what it does from its seed,
 writes down what it was told (history.py: one file for each life), and looks at the `Stage` for when to come to an end.
-A value follows from its message's id, so that whoever has to publish the same seq again publishes the same value.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from random import Random
 from threading import Lock
@@ -22,6 +20,7 @@ from typing import Any, NamedTuple
 from history import Acked, Committed, Consumed, Failed, Opened, Recorder, Sent, digest
 
 from tests.chaos.director import FINALE, Life, Stage
+from tests.chaos.values import value_of
 from zmqbus import AsyncNode, BufferFull, Message, Node, NotDurable
 from zmqbus.errors import SubscriptionTaken, WaitTimeout
 from zmqbus.forwarder import Forwarder
@@ -34,14 +33,6 @@ TOPICS = ("logs.a", "logs.b", "metrics.cpu", "metrics.mem")
 SEGMENT_BYTES = 1 << 20  # of journals, so that segments change while processes are killed
 OUTBOX_BYTES = 16 << 20
 PACE = 0.04  # seconds at most between two actions of a publisher
-
-
-def value_of(topic: str, origin: int, seq: int) -> bytes | str:
-    """The value of a message; one in 64 is larger than what travels in one frame."""
-    number = int.from_bytes(blake2b(f"{topic} {origin} {seq}".encode(), digest_size=8).digest(), "little")
-    size = 16_384 + number % 50_000 if number % 64 == 0 else (0, 20, 100, 100, 400, 2000)[number // 64 % 6]
-    text = f"{topic} {origin:x} {seq} " + "x" * size
-    return text if number >> 40 & 1 else text.encode()
 
 
 def digest_of(value: Any) -> str:

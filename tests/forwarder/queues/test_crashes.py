@@ -1,4 +1,4 @@
-"""A forwarder that is killed at any instant: every acknowledged push is handled, and nothing twice that was confirmed."""
+"""A forwarder is killed at any instant: every acknowledged push is handled, and nothing twice that was confirmed."""
 
 from __future__ import annotations
 

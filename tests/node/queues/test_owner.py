@@ -193,3 +193,14 @@ def test_close_waits_for_workers_and_says_what_remains(bus: str) -> None:
             zmqbus.Undelivered("queue jobs.a", 0, 1),
             zmqbus.Undelivered("queue jobs.b", 0, 1),
         ]
+
+
+def test_a_batch_that_cannot_be_cut_keeps_back_nothing_else(node: zmqbus.Node) -> None:
+    broken = node._engine.outlet.publisher("jobs.a")
+    node.push_many("jobs.a", range(3))
+    with broken._out.lock:  # as a foreign publisher's may be: it says that it holds two values, and does not
+        broken._transmit(0, b"\x91\x01", 4, 2)
+        next(broken.seqs), next(broken.seqs)
+    with worker_of(node) as worker:
+        worker.join("jobs.a", credit=4)
+        assert [job.value for job in worker.take(3)] == [0, 1, 2]

@@ -26,7 +26,8 @@ Lost = tuple[str, int, int, int]
 class Account(msgspec.Struct):
     """One receiver's: `sent` is what it was owed; `unreported` what is missing without a word, or came twice.
 
-    `redelivered`: what a durable consumer got again after it was killed, which is its right.
+    `redelivered`: what a durable consumer got again after it was killed, which is its right; or what was given to a
+    worker again.
     """
 
     name: str
@@ -40,7 +41,8 @@ class Account(msgspec.Struct):
 
 
 class Stream(msgspec.Struct):
-    """One stream: how many messages of it were published, and how many different ones are stored, and were consumed."""
+    """One stream: how many messages of it were published, and how many different ones are stored, were consumed, and,
+    where workers share it, done."""
 
     topic: str
     origin: str
@@ -48,6 +50,15 @@ class Stream(msgspec.Struct):
     journaled: int
     consumed: int
     redelivered: int
+    done: int | None
+
+
+class Share(msgspec.Struct):
+    """What one of the workers did."""
+
+    name: str
+    done: int
+    killed: bool
 
 
 class Settled(NamedTuple):
@@ -56,6 +67,8 @@ class Settled(NamedTuple):
     aggregators: list[Account]
     journal: Account
     consumer: Account
+    workers: Account
+    shares: list[Share]
     streams: list[Stream]
     cursor: int
     """Where the forwarder has the consumer in the end."""
@@ -65,7 +78,7 @@ class Settled(NamedTuple):
     @property
     def accounts(self) -> list[Account]:
         """Everybody's."""
-        return [*self.aggregators, self.journal, self.consumer]
+        return [*self.aggregators, self.journal, self.consumer, self.workers]
 
 
 # --- aggregators ---------------------------------------------------------------------------------
@@ -180,11 +193,26 @@ def consumed(path: Path) -> Life:
     return {stream_of(stream): seqs for stream, seqs in streams.items()}
 
 
-def by_stream(heads: Mapping[Key, int], journal: Life, consumer: Sequence[Life]) -> list[Stream]:
+def done(path: Path) -> list[Life]:
+    """What a worker's index says it has done. What it was given once more, later, is of another life."""
+    streams: dict[bytes, list[Seqs]] = {}
+    for stream, seq in read_index(path):
+        lives = streams.setdefault(stream, [Seqs()])
+        if lives[-1].spans and seq <= lives[-1].spans[-1][1]:
+            lives.append(Seqs())
+        lives[-1].note(seq, seq)
+    most = max(map(len, streams.values()), default=0)
+    return [{stream_of(stream): lives[i] for stream, lives in streams.items() if i < len(lives)} for i in range(most)]
+
+
+def by_stream(
+    heads: Mapping[Key, int], journal: Life, consumer: Sequence[Life], workers: Sequence[Life]
+) -> list[Stream]:
     """Stream by stream."""
     streams = []
     for key, head in heads.items():
         stored, _, _ = count([journal], key, head)
         different, again, _ = count(consumer, key, head)
-        streams.append(Stream(key[0], f"{key[1]:016x}", head, stored, different, again))
+        worked = count(workers, key, head)[0] if any(key in life for life in workers) else None
+        streams.append(Stream(key[0], f"{key[1]:016x}", head, stored, different, again, worked))
     return streams

@@ -18,7 +18,12 @@ from zmqbus.cli.shell.stopping import check
 from zmqbus.errors import SetupError, WaitTimeout
 from zmqbus.net.clock import now
 
-PRELOADED = ["zmqbus.cli.demo.storing", "zmqbus.node.faces.node", "zmqbus.forwarder.forwarder"]
+PRELOADED = [
+    "zmqbus.cli.demo.storing",
+    "zmqbus.cli.demo.sharing",
+    "zmqbus.node.faces.node",
+    "zmqbus.forwarder.forwarder",
+]
 
 
 class Actor:

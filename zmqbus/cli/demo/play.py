@@ -3,7 +3,9 @@
 1. Every log file has a shipper; aggregators follow; a forwarder journals, and `indexer` reads its log.
 2. One aggregator hangs during a spike; another comes late.
 3. `indexer` is killed, then the forwarder; both are started again. The shippers go on all the while.
-4. They fall silent, and the account is settled.
+4. They fall silent. Three workers share the lines of the first file, those of the spike among them, as the journal has
+   them; one is slow, and one is killed.
+5. The account is settled.
 """
 
 from __future__ import annotations
@@ -11,12 +13,26 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 
-from zmqbus.cli.demo.account import Account, Key, Settled, by_stream, consumed, journaled, settle, settle_stored
+from zmqbus.cli.demo.account import (
+    Account,
+    Key,
+    Life,
+    Settled,
+    Share,
+    by_stream,
+    consumed,
+    done,
+    journaled,
+    settle,
+    settle_stored,
+)
 from zmqbus.cli.demo.crew import Actor, Crew
-from zmqbus.cli.demo.members import CONFIRM, SPIKE_LINES, START_TIMEOUT, follow, ship
+from zmqbus.cli.demo.members import CONFIRM, IDLE, SPIKE_LINES, START_TIMEOUT, TICK, follow, ship
+from zmqbus.cli.demo.sharing import GROUP, SLOW, share
 from zmqbus.cli.demo.sources import Source
 from zmqbus.cli.demo.stage import Stage
 from zmqbus.cli.demo.storing import NAME, index, keep
@@ -27,6 +43,8 @@ from zmqbus.net.clock import now
 
 ACTS = 6  # into which the time for shipping is divided
 CATCH_UP = 20.0  # seconds, for those who were away, before the shippers leave
+DOOMED = 20  # a worker is killed after it has done this part of all: a twentieth
+WORK = 30.0  # seconds without progress, while there is something left to do
 
 
 class Play:
@@ -42,6 +60,8 @@ class Play:
         self._journal = journal
         self._forwarders: list[Actor] = []  # each life of it
         self._consumers: list[Actor] = []
+        self._workers: list[Actor] = []
+        self._work_seconds = 0.0
         self._forwarder_seconds = 0.0  # that it was there while lines were shipped
         self._up_at = 0.0
 
@@ -63,6 +83,7 @@ class Play:
         aggregators = [steady, paused, late]
         crew.tell(aggregators, "finish", heads)
         crew.expect(aggregators, "streams", START_TIMEOUT)
+        self._share(sum(self._shared(heads).values()))
         whole = dict.fromkeys(heads, 1)
         # They said so after it had joined: when it did, they were no further, and so it is owed this much, or more.
         tail = {key: max(1, seq - history + 1) for key, seq in zip(heads, joined_at, strict=True)}
@@ -172,6 +193,44 @@ class Play:
                 remark(f"{one.name} left before {', '.join(one.facts['unconfirmed'])} had confirmed everything")
         return heads
 
+    def _share(self, total: int) -> None:
+        crew, stage = self._crew, self._stage
+        file, topic = self._shipped[0].path.name, self._shipped[0].topic
+        parts = (("doomed", 0.0, total / DOOMED), ("quick", 0.0, inf), ("slow", SLOW, inf))
+        doomed, quick, slow = self._workers = [
+            crew.start(share, self._bus, name, topic, self._work(name), crew.journal_start, takes, stuck_at)
+            for name, takes, stuck_at in parts
+        ]
+        stage.say(
+            f"three workers share {total:,} of these lines, those of {file}: `doomed`, `quick`, and `slow`, which "
+            f"takes {human_age(SLOW)} for each"
+        )
+        crew.expect(self._workers, "up", START_TIMEOUT)
+        began = now()
+        crew.expect([doomed], "in_hand", WORK)
+        crew.kill(doomed)
+        doomed.state = " (killed)"
+        some = f"{doomed.facts['done']:,} lines and with more in hand"
+        stage.say(f"`doomed` is killed (kill -9) in mid-work, after {some}, which go to the others")
+        finished = self._until_worked(total)
+        self._work_seconds = now() - began
+        crew.tell([quick, slow], "finish")
+        crew.expect([quick, slow], "finished", START_TIMEOUT)
+        state = "all is done" if finished else "not all is done, and nothing is left to do"
+        stage.say(f"{state}: {quick.facts['done']:,} lines by `quick`, {slow.facts['done']:,} by `slow`")
+
+    def _until_worked(self, total: int) -> bool:
+        """Until all is done, or for a while nothing more. Returns whether it is all."""
+        facts = self._forwarders[-1].facts
+        worked, moved_at = -1, now()
+        while facts["worked"] < total or facts["left"]:
+            if facts["worked"] > worked:
+                worked, moved_at = facts["worked"], now()
+            if now() - moved_at >= (WORK if facts["left"] else IDLE):
+                return False
+            self._crew.listen(TICK)
+        return True
+
     def _settle(self, heads: dict[Key, int], aggregators: list[Account]) -> Settled:
         crew, forwarder, indexer = self._crew, self._forwarders[-1], self._consumers[-1]
         [end] = crew.ask([forwarder], "where", START_TIMEOUT)
@@ -192,7 +251,13 @@ class Play:
         seconds = sum(one.facts.get("seconds", 0.0) for one in self._consumers)
         journal = settle_stored("forwarder", heads, [stored], kept_gaps, 0, self._forwarder_seconds)
         consumer = settle_stored(NAME, heads, lives, read_gaps, lost, seconds)
-        return Settled(aggregators, journal, consumer, by_stream(heads, stored, lives), cursor, end)
+        work = {one.name: done(self._work(one.name)) for one in self._workers}
+        worked = [life for of_one in work.values() for life in of_one]
+        workers = settle_stored(GROUP, self._shared(heads), worked, (), 0, self._work_seconds)
+        workers.redelivered = sum(one.facts.get("again", 0) for one in self._workers)
+        shares = [Share(name, _number(of_one), name == "doomed") for name, of_one in work.items()]
+        streams = by_stream(heads, stored, lives, worked)
+        return Settled(aggregators, journal, consumer, workers, shares, streams, cursor, end)
 
     # --- the forwarder and its consumer --------------------------------------------------------------
 
@@ -207,6 +272,17 @@ class Play:
 
     def _index(self, life: int) -> Path:
         return self._folder / f"index-{life + 1}"
+
+    def _shared(self, heads: Mapping[Key, int]) -> dict[Key, int]:
+        """What workers share: the lines of the first file."""
+        return {key: head for key, head in heads.items() if key[0] == self._shipped[0].topic}
+
+    def _work(self, worker: str) -> Path:
+        return self._folder / f"work-{worker}"
+
+
+def _number(lives: Sequence[Life]) -> int:
+    return sum(last - first + 1 for life in lives for seqs in life.values() for first, last in seqs.spans)
 
 
 def _has(aggregator: Actor, lines: int) -> bool:

@@ -30,6 +30,7 @@ _LIVE = (
     Column("lost", right=True),
     Column("journaled", right=True),
     Column("consumed", right=True),
+    Column("done", right=True),
 )
 _SHIPPED = (Column("file"), Column("bytes", right=True), Column("lines", right=True), Column("topic"))
 _ACCOUNT = (
@@ -74,21 +75,24 @@ class Stage:
         self._due = now() + REDRAW
         sent, rows, stored = 0, [], {"journaled": 0, "consumed": 0}
         places: dict[str, list[str]] = {}
+        work: list[list[str]] = []
         for actor in self.crew.actors:
             facts = actor.facts
             if "received" in facts:
                 counts = (f"{facts[name]:,}" for name in ("received", "repaired", "lost"))
-                rows.append([f"{actor.name}{actor.state}", "", *counts, "", ""])
+                rows.append([f"{actor.name}{actor.state}", "", *counts, "", "", ""])
             elif "journaled" in facts:  # an offset, which is the same in every life
                 stored["journaled"] = facts["journaled"] - self.crew.journal_start
-                places["journaled"] = [f"{actor.name}{actor.state}", "", "", "", "", f"{stored['journaled']:,}", ""]
+                places["journaled"] = [f"{actor.name}{actor.state}", "", "", "", "", f"{stored['journaled']:,}", "", ""]
             elif "consumed" in facts:
                 stored["consumed"] += facts["consumed"]
                 lost = f"{facts['lost']:,}"
-                places["consumed"] = [f"{actor.name}{actor.state}", "", "", "", lost, "", f"{stored['consumed']:,}"]
+                places["consumed"] = [f"{actor.name}{actor.state}", "", "", "", lost, "", f"{stored['consumed']:,}", ""]
+            elif "done" in facts:
+                work.append([f"{actor.name}{actor.state}", "", "", "", "", "", "", f"{facts['done']:,}"])
             else:
                 sent += facts.get("sent", 0)
-        rows = [["shippers", f"{sent:,}", "", "", "", "", ""], *rows, *places.values()]
+        rows = [["shippers", f"{sent:,}", "", "", "", "", "", ""], *rows, *places.values(), *work]
         self._live.update(make_table(_LIVE, rows, self._live.console.width), refresh=True)
 
     def close(self) -> None:
@@ -118,6 +122,8 @@ def conclude(settled: Settled, journal: str | None, as_json: bool) -> int:
             "aggregators": settled.aggregators,
             "journal": settled.journal,
             "consumer": settled.consumer,
+            "workers": settled.workers,
+            "shares": settled.shares,
             "streams": settled.streams,
             "cursor": settled.cursor,
             "journal_end": settled.end,
@@ -130,7 +136,7 @@ def conclude(settled: Settled, journal: str | None, as_json: bool) -> int:
     _tell("repaired: fetched from the shippers' histories, as are the earlier lines that `late` asked for")
     _tell(
         "redelivered: given to `indexer` once more after kill -9, since nobody knew whether it had dealt with them: "
-        "at least once"
+        "at least once; and to other workers, when `doomed` was killed with them in hand"
     )
     if journal is not None:
         _tell(f"The journal is kept in {journal}; look into it with zmqbus journal info.")
@@ -154,6 +160,11 @@ def conclude(settled: Settled, journal: str | None, as_json: bool) -> int:
         f"Proved: published = journaled = consumed, on each of {plural(len(settled.streams), 'stream')}, although the "
         "forwarder and its consumer were killed on the way."
     )
+    spread = ", ".join(f"{one.done:,} by `{one.name}`{' until it was killed' * one.killed}" for one in settled.shares)
+    _tell(
+        f"Proved: of three workers who shared {settled.workers.sent:,} of them, somebody has done each: {spread}; "
+        f"{plural(settled.workers.redelivered, 'line')} that `doomed` had in hand went to the others."
+    )
     return code
 
 
@@ -163,8 +174,8 @@ def _row(one: Account, settled: Settled) -> list[str]:
         one.name,
         f"{one.sent:,}",
         f"{one.received:,}",
-        "" if one in (settled.journal, settled.consumer) else f"{one.repaired:,}",
-        f"{one.redelivered:,}" if one is settled.consumer else "",
+        f"{one.repaired:,}" if one in settled.aggregators else "",
+        f"{one.redelivered:,}" if one in (settled.consumer, settled.workers) else "",
         f"{one.lost:,}",
         f"{one.unreported:,}",
         human_rate(one.rate),

@@ -106,7 +106,7 @@ class Backlog:
         self.next = offset + batch.count
         done = self._settled_before(offset, batch.count)
         todo = batch.count - done.bit_count()
-        if not self.live and offset < self.counted_to:  # of a live one nothing was unread
+        if offset < self.counted_to:
             self.unread -= todo
         self.first_unread = None
         if not todo:

@@ -135,16 +135,15 @@ class Stock:
             for backlog in self.tail.backlogs(batch.topic, bool(batch.flags & QUEUED)):
                 if not backlog.concerns(batch):
                     continue
+                if backlog.counted_to == EVERYWHERE:
+                    backlog.skip(offset, batch)
                 if backlog.live and backlog.wanted and not backlog.rival and self._has_room(backlog):
                     self._add(backlog.load(offset, batch), time)
                     fresh = True
-                    continue
-                if backlog.live:
+                elif backlog.live:
                     backlog.live = False
                     backlog.next = offset
                     self._want(backlog)
-                if backlog.counted_to == EVERYWHERE:
-                    backlog.skip(offset, batch)
         return fresh
 
     # --- from the disk -----------------------------------------------------------------------------

@@ -177,8 +177,7 @@ class Desk:
         self.deliver()
 
     def _send(self, worker: Worker, deliveries: list[Delivery]) -> None:
-        joined = self.workers[worker]
-        entries: list[tuple[int, int]] = []
+        going: list[Delivery] = []
         parts: list[bytes] = []
         size = 0
         for at, delivery in enumerate(deliveries):
@@ -187,16 +186,24 @@ class Desk:
             except RemoteProtocolError as error:  # whoever sent it: nobody can do it
                 self.dispatcher.reject(worker, delivery.number, delivery.first, delivery.last, now(), str(error))
                 self._loop.call_soon(self._on_outcome)
-                continue
-            entries.append((delivery.number, delivery.attempt))
-            parts += batch.parts
-            size += batch.size
-            if size >= JOB_BYTES or at == len(deliveries) - 1:
-                if not self._answer(joined.identity, commands.Job(worker[1], entries), joined.request, parts):
-                    # It reads nothing, or is no longer there: should it be back, it is told to JOIN again.
-                    self.leave(worker, None)
+            else:
+                going.append(delivery)
+                parts += batch.parts
+                size += batch.size
+            if going and (size >= JOB_BYTES or at == len(deliveries) - 1):
+                if not self._send_job(worker, going, parts):
+                    # It reads nothing, or is no longer there: should it be back, it is told to JOIN again. What it has
+                    # is not known to be unbegun; perhaps that is what it died of.
+                    for unsent in (*going, *deliveries[at + 1 :]):
+                        self.dispatcher.unsent(unsent, now())
+                    self.leave(worker, GONE)
                     return
-                entries, parts, size = [], [], 0
+                going, parts, size = [], [], 0
+
+    def _send_job(self, worker: Worker, deliveries: list[Delivery], parts: list[bytes]) -> bool:
+        joined = self.workers[worker]
+        body = commands.Job(worker[1], [(delivery.number, delivery.attempt) for delivery in deliveries])
+        return self._answer(joined.identity, body, joined.request, parts)
 
     # --- the rest ----------------------------------------------------------------------------------
 
