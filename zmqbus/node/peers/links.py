@@ -309,10 +309,10 @@ class Inbox:
                 self._watch.check()
         return True
 
-    def close(self) -> None:
-        """Stop listening. The socket is closed as well."""
+    def close(self, linger_ms: int) -> None:
+        """Stop listening. The socket is closed as well; what it was given is still sent for `linger_ms`."""
         self._watch.close()
-        self._socket.close(0)
+        self._socket.close(linger_ms)
 
     def _drain(self) -> bool:
         self._draining = True
