@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.cli.commands import Terminal, finish
-from zmqbus.cli.demo.account import Account, Seqs, by_stream, consumed, count, settle, settle_stored
+from zmqbus.cli.demo.account import Account, Seqs, by_stream, consumed, count, done, settle, settle_stored
 from zmqbus.cli.demo.members import SPIKE_LINES, Seen, lines_of, spike
 from zmqbus.cli.demo.sources import Source, find_counters, find_logs, is_text, sources
 from zmqbus.errors import SetupError
@@ -64,7 +64,23 @@ def test_demo_accounts_for_every_line(tmp_path: Path, start: Start) -> None:
     assert sum(one["published"] for one in streams) == account["lines"]
     assert all(one["published"] == one["journaled"] == one["consumed"] > 0 for one in streams)
     assert sum(one["redelivered"] for one in streams) == consumer["redelivered"]
-    for words in ("`indexer` is killed", "the forwarder is killed", "the forwarder is back", "`indexer` is back"):
+    workers, shares = account["workers"], account["shares"]
+    [shared] = [one for one in streams if one["done"] is not None]
+    assert shared["done"] == shared["published"] == workers["sent"] == workers["received"] > 250_000
+    assert (workers["lost"], workers["unreported"]) == (0, 0)
+    assert [(one["name"], one["killed"]) for one in shares] == [("doomed", True), ("quick", False), ("slow", False)]
+    assert workers["redelivered"] > 0  # it was killed with some in hand
+    done = {one["name"]: one["done"] for one in shares}
+    assert workers["sent"] <= sum(done.values()) <= workers["sent"] + workers["redelivered"]
+    assert 0 < done["slow"] < done["doomed"] < done["quick"]
+    for words in (
+        "`indexer` is killed",
+        "the forwarder is killed",
+        "the forwarder is back",
+        "`indexer` is back",
+        "`doomed` is killed",
+        "all is done",
+    ):
         assert words in err
     view = View(str(kept))
     assert view.durable_offset == account["journal_end"] == account["lines"]
@@ -114,6 +130,17 @@ def careless(self, topic, origin, first_seq, count, *rest, **options):
     return append(self, topic, origin, first_seq, count, *rest, **options)
 Journal.append = careless
 """,
+    "on the way to a worker": """
+from zmqbus.node.faces.worker import Worker
+get = Worker.get
+def careless(self, timeout=None):
+    job = get(self, timeout)
+    if job is not None and job.seq == 5000:  # whoever gets it, and however often
+        job.ack()
+        job = get(self, timeout)
+    return job
+Worker.get = careless
+""",
 }
 
 
@@ -133,6 +160,11 @@ def test_demo_finds_out_a_loss_without_a_word(tmp_path: Path, start: Start, wher
         assert (journal["received"], journal["unreported"]) == (account["lines"], 0)
         missing = account["lines"] - consumer["received"]
         assert missing == consumer["unreported"] == 1
+        assert account["workers"]["unreported"] == 0
+    elif where == "on the way to a worker":
+        workers = account["workers"]
+        assert workers["sent"] - workers["received"] == workers["unreported"] == 1
+        assert (journal["unreported"], consumer["unreported"]) == (0, 0)
     else:
         missing = account["lines"] - journal["received"]
         assert journal["unreported"] == missing > 0
@@ -232,9 +264,9 @@ def test_demo_sees_what_is_missing_in_the_log() -> None:
     assert account(life(("t", 1, 60), ("t", 60, 60), ("t", 61, 100), ("u", 1, 10))) == (110, 0, 0, 1)  # twice in a life
     assert account(life(("t", 1, 101), ("u", 1, 10))) == (110, 0, 0, 1)  # one that was never sent
     assert count([life(("t", 5, 9)), life(("t", 1, 3)), life(("t", 2, 6))], ("t", 1), 100) == (9, 4, 0)
-    [t, u] = by_stream(heads, whole, [life(("t", 1, 60)), life(("t", 51, 99))])
-    assert (t.published, t.journaled, t.consumed, t.redelivered) == (100, 100, 99, 10)
-    assert (u.published, u.journaled, u.consumed, u.redelivered) == (10, 10, 0, 0)
+    [t, u] = by_stream(heads, whole, [life(("t", 1, 60)), life(("t", 51, 99))], [life(("t", 1, 5)), life(("t", 4, 9))])
+    assert (t.published, t.journaled, t.consumed, t.redelivered, t.done) == (100, 100, 99, 10, 9)
+    assert (u.published, u.journaled, u.consumed, u.redelivered, u.done) == (10, 10, 0, 0, None)
 
 
 @pytest.mark.parametrize("cut", range(3))
@@ -244,6 +276,17 @@ def test_demo_does_not_count_what_was_cut_short(tmp_path: Path, cut: int) -> Non
     found = consumed(path)
     assert found["a.b", 255].spans == ([[1, 2], [31, 31]] if not cut else [[1, 2]])
     assert found["c", 255].spans == [[1, 1]]
+
+
+def test_demo_counts_what_workers_did_in_whatever_order(tmp_path: Path) -> None:
+    path = tmp_path / "work"
+    path.write_text("".join(f"t 1 {seq}\n" for seq in (5, 6, 9, 1, 2, 6, 10)) + "u 2 1\n")
+    lives = done(path)
+    assert [life["t", 1].spans for life in lives] == [[[5, 6], [9, 9]], [[1, 2], [6, 6], [10, 10]]]
+    assert lives[0]["u", 2].spans == [[1, 1]]
+    assert count(lives, ("t", 1), 10) == (6, 1, 0)
+    path.write_text("")
+    assert done(path) == []
 
 
 def test_demo_notes_what_came_twice() -> None:

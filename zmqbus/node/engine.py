@@ -137,8 +137,8 @@ class Engine:
         self.outlet = Outlet(broadcast, self.origin, history, config.acks, self._start_ticking, self._in_turns)
         gives_out = config.outbox is None and self._extension is None
         self.jobs = Owner(self, self._loop, gives_out)
-        self.requests = Exchange(self, self._loop, config.name)
-        self.on_link_lost += [self.jobs.lost, self.workers.lost, self.requests.asking.lost]
+        self.requests = Exchange(self, self._loop, factory, config.name)
+        self.on_link_lost += [self.jobs.lost, self.workers.lost, self.requests.lost]
         if config.key is not None:
             probe = "127.0.0.1" if host == "0.0.0.0" else host
             await strangers_are_refused(
@@ -189,7 +189,7 @@ class Engine:
         outlet = self.outlet
         outlet.refuse(self.refusal)
         outlet.flush_all()
-        self.requests.asking.close(self.refusal)
+        self.requests.close(self.refusal)
         deadline = now() + timeout
         try:
             while not outlet.push() and now() < deadline:
@@ -197,7 +197,7 @@ class Engine:
             await self.workers.leave(max(0.0, deadline - now()))
             while (self.jobs.left or ((self._forwarders or self._outbox) and unacked(outlet))) and now() < deadline:
                 await asyncio.sleep(TICK)
-            await self.requests.answering.leave(max(0.0, deadline - now()))
+            await self.requests.leave(max(0.0, deadline - now()))
             await self.replays.leave(self.refusal, max(0.0, deadline - now()))
             late = await self.peering.leave(max(0.0, deadline - now()))
             undelivered = [Undelivered(p.name, p.origin) for p in self.peering.peers() if p.origin in late]

@@ -295,6 +295,7 @@ class Request(Body):
 
     service: Name
     timeout_ms: U64 = 0  # after so long nobody waits for the answer any more; 0: no limit
+    origin: U64 = 0  # whose it is, where HELLO was said over another connection; 0: over this one
 
 
 class Reply(Body):

@@ -447,6 +447,47 @@ def test_a_slow_worker_has_few(node: zmqbus.Node, owner: ScriptedOwner, seconds:
     assert unfinished <= 2 * most
 
 
+def test_a_worker_that_has_become_slow_gives_back_what_it_cannot_do(node: zmqbus.Node, owner: ScriptedOwner) -> None:
+    worker = pull(node, owner)
+    sent = 0
+    while worker.credit < 256:
+        if (count := owner.credit - sent) > 0:
+            owner.give(*range(count))
+            sent += count
+        while (job := worker.get(0.001)) is not None:
+            job.ack()
+    worker.flush(10)
+    _, seq = owner.give(*range(60))
+    for _ in range(4):
+        owner.give(*range(40))
+    with take(worker, 1)[0]:
+        time.sleep(1.2)
+    while (job := worker.get(0)) is not None and not owner.of(commands.Fail):
+        job.ack()
+    fails = owner.wait_for(lambda: owner.of(commands.Fail))
+    assert {fail.how for fail in fails} == {"return"}
+    back = covered([job for fail in fails for job in fail.jobs])
+    assert back == list(range(seq + 220 - len(back), seq + 220)), "the last that came"
+    assert worker.credit < 64
+
+
+def test_who_gathers_many_before_they_are_done_gets_them(node: zmqbus.Node, owner: ScriptedOwner) -> None:
+    """However long that takes: a hundred rows, for one transaction."""
+    worker = pull(node, owner)
+    sent = 0
+    rows = []
+    while len(rows) < 100:
+        if (count := owner.credit - sent) > 0:
+            owner.give(*range(count))
+            sent += count
+        if (job := worker.get(0.02)) is not None:
+            rows.append(job)
+            time.sleep(0.01)
+    for job in rows:
+        job.ack()
+    worker.flush(10)
+
+
 def test_as_many_as_wait_are_fed(node: zmqbus.Node, owner: ScriptedOwner) -> None:
     """Threads that have slow jobs at the same time are as good as a fast one."""
     worker = pull(node, owner)
@@ -496,15 +537,16 @@ def test_a_job_that_waited_too_long_is_given_back_unbegun(node: zmqbus.Node, own
     owner.wait_for(lambda: owner.done == [(first, 1, 1)])
 
 
-def test_an_extended_lease_holds_for_what_came_with_it(node: zmqbus.Node, owner: ScriptedOwner) -> None:
+def test_what_waits_behind_a_job_that_is_extended_is_given_back_as_well(
+    node: zmqbus.Node, owner: ScriptedOwner
+) -> None:
     worker = pull(node, owner, lease=0.3, credit=10)
-    owner.give("a", "b")
-    first = take(worker, 1)[0]
-    first.extend(60)
-    number, _ = owner.give("c")
+    first, _ = owner.give("a", "b")
+    job = take(worker, 1)[0]
+    job.extend(60)
     owner.wait_for(lambda: owner.of(commands.Fail))
-    assert [fail.jobs for fail in owner.of(commands.Fail)] == [[(number, 3, 3)]]
-    assert take(worker, 1)[0].value == "b"
+    assert [(fail.how, fail.jobs) for fail in owner.of(commands.Fail)] == [("return", [(first, 2, 2)])]
+    job.ack()
 
 
 # --- the end ---------------------------------------------------------------------------------------

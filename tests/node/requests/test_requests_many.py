@@ -167,10 +167,10 @@ def test_more_than_a_link_holds_is_not_sent(pair: Pair, monkeypatch: pytest.Monk
     a, b = pair
     monkeypatch.setattr("zmqbus.node.work.requests.asking.OPEN_MAX", 2)
     with b.respond("jobs") as requests:
-        asked = [Asked(a.request, "jobs"), Asked(a.request, "jobs")]
+        asked = [Asked(a.request, "jobs", timeout=None), Asked(a.request, "jobs", timeout=None)]
         eventually(lambda: requests.unanswered == 2)
         with pytest.raises(zmqbus.ResponderBusy):
-            a.request("jobs")
+            a.request("jobs", timeout=None)
         for _ in asked:
             request = requests.get(10)
             assert request is not None

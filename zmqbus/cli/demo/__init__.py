@@ -1,8 +1,8 @@
 """`zmqbus demo`: the main job on real input. Log files are shipped, followed, journaled; some are stopped, or killed.
 
-All are processes of their own (members.py, storing.py) that find each other by mDNS on the loopback interface. They are
-started and directed (crew.py, play.py), the audience sees a narration (stage.py), and in the end the account is settled
-(account.py): for each, what was sent against what it received and what it reported as lost.
+All are processes of their own (members.py, storing.py, sharing.py) that find each other by mDNS on the loopback
+interface. They are started and directed (crew.py, play.py), the audience sees a narration (stage.py), and in the end
+the account is settled (account.py): for each, what was sent against what it received and what it reported as lost.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def demo(
 
     One process per log file ships its lines to logs.<host>.<file>; aggregators follow them. One of these is stopped
     for a while, during a spike; one joins late. A forwarder journals everything, and a durable consumer reads its log;
-    both are killed (kill -9) and started again. Then the account: sent, received, repaired and lost, and what was
-    published, journaled and consumed. Exits with 4 if anything is missing that was not reported as lost.
+    both are killed (kill -9) and started again. Three workers share the lines of one file; one is slow, one is killed.
+    Then the account: sent, received, repaired and lost, and what was published, journaled, consumed and done. Exits
+    with 4 if anything is missing that was not reported as lost.
 
     Without a FILE: up to 8 readable logs below /var/log; with none there, readings of the counters in /proc. All of it
     stays on the loopback interface, on a bus of its own; global options have no place here. Short files are sent again

@@ -41,8 +41,8 @@ class Account(msgspec.Struct):
 
 
 class Stream(msgspec.Struct):
-    """One stream: how many messages of it were published, and how many different ones are stored, were consumed, and
-    were done by workers."""
+    """One stream: how many messages of it were published, and how many different ones are stored, were consumed, and,
+    where workers share it, done."""
 
     topic: str
     origin: str
@@ -50,7 +50,7 @@ class Stream(msgspec.Struct):
     journaled: int
     consumed: int
     redelivered: int
-    done: int
+    done: int | None
 
 
 class Share(msgspec.Struct):
@@ -213,6 +213,6 @@ def by_stream(
     for key, head in heads.items():
         stored, _, _ = count([journal], key, head)
         different, again, _ = count(consumer, key, head)
-        worked, _, _ = count(workers, key, head)
+        worked = count(workers, key, head)[0] if any(key in life for life in workers) else None
         streams.append(Stream(key[0], f"{key[1]:016x}", head, stored, different, again, worked))
     return streams

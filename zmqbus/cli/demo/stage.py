@@ -162,7 +162,7 @@ def conclude(settled: Settled, journal: str | None, as_json: bool) -> int:
     )
     spread = ", ".join(f"{one.done:,} by `{one.name}`{' until it was killed' * one.killed}" for one in settled.shares)
     _tell(
-        f"Proved: of three workers who shared them, somebody has done each line: {spread}; "
+        f"Proved: of three workers who shared {settled.workers.sent:,} of them, somebody has done each: {spread}; "
         f"{plural(settled.workers.redelivered, 'line')} that `doomed` had in hand went to the others."
     )
     return code

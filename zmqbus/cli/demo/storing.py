@@ -51,9 +51,10 @@ async def _keep(pipe: Connection, bus: str, name: str, journal: str) -> None:
             while (event := await events.get(0)) is not None:
                 if isinstance(event, Gap):
                     gaps.append((event.topic, event.origin, event.first, event.last))
-            worked = sum(one.done for one in forwarder.queues() if one.group)
+            work = [one for one in forwarder.queues() if one.group]
+            worked, left = sum(one.done for one in work), sum(one.waiting + one.in_flight + one.delayed for one in work)
             offset = forwarder.counters()["journal_next_offset"]
-            pipe.send({"journaled": offset, "gaps": list(gaps), "worked": worked})
+            pipe.send({"journaled": offset, "gaps": list(gaps), "worked": worked, "left": left})
             await asyncio.sleep(REPORT / 2)
             match pipe.recv() if pipe.poll() else None:
                 case ("where",):

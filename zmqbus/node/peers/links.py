@@ -80,7 +80,7 @@ class Link:
         self._guarded = False
         self._broken_off_at = -inf
         self._socket = factory.dealer()
-        self._put = _putter(self._socket)
+        self._put = putter(self._socket)
         self._monitor: Socket | None = None
         self._monitor_watch: FdWatch | None = None
         if on_refused is not None:
@@ -289,7 +289,7 @@ class Inbox:
         self._socket = socket
         self._on_command = on_command
         self._on_garbage = on_garbage
-        self._put = _putter(socket)
+        self._put = putter(socket)
         self._watch = FdWatch(loop, socket, self._drain)
 
     def answer(self, identity: bytes, body: Body, request: int, batches: Sequence[bytes] = ()) -> bool:
@@ -332,7 +332,7 @@ class Inbox:
         return True
 
 
-def _putter(socket: Socket) -> Callable[[Sequence[bytes]], None]:
+def putter(socket: Socket) -> Callable[[Sequence[bytes]], None]:
     """Sends the parts of a message, all or none, as `send_multipart` does, in half the time where they are small."""
     plain = plain_send(socket)
 

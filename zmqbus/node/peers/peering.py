@@ -382,12 +382,12 @@ class Peering:
 
     def on_command(self, identity: bytes, command: Command) -> None:
         """A command came in on the inbox."""
-        body = command.body
+        body, origin = command.body, self._guests.get(identity)
+        if origin is None and isinstance(body, commands.Request) and self.joined(body.origin):
+            origin = body.origin  # a lane
         if isinstance(body, Hello) and not isinstance(body, Welcome):
             self._greeted(identity, command, body)
-            return
-        origin = self._guests.get(identity)
-        if origin is None:
+        elif origin is None:
             self.inbox.answer(identity, commands.Error("hello", "say HELLO first"), command.request)
         elif not self.registry.on_command(identity, origin, command):
             self._host.serve(identity, origin, command)

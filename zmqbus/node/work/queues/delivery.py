@@ -9,12 +9,10 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from zmqbus.net.clock import now
 from zmqbus.node.work.queues.job import Job
 from zmqbus.node.work.queues.tie import Fail, Tie
 from zmqbus.protocol.frames import Batch
 
-MARGIN = 0.1  # of a lease: it began before the job came here, and what is given back has to arrive in time
 FORGOTTEN = "its handler let go of it, and neither acknowledged nor refused it"
 
 
@@ -101,8 +99,7 @@ class Delivery:
     def extend(self, seconds: float) -> None:
         """It takes longer."""
         self.hand.check()
-        self.deadline = now() + seconds * (1 - MARGIN)
-        self.hand.extend(self, seconds)
+        self.hand.extend(self, seconds)  # what came with it and still waits goes to others in time nevertheless
 
     @property
     def open(self) -> list[tuple[int, int]]:

@@ -24,14 +24,16 @@ import msgspec
 from zmqbus.errors import RemoteProtocolError
 from zmqbus.net.clock import now
 from zmqbus.node.events import Event, Warned
-from zmqbus.node.work.queues.delivery import MARGIN, Delivery, Loaded, Parcel, ranges_of
+from zmqbus.node.work.queues.delivery import Delivery, Loaded, Parcel, ranges_of
 from zmqbus.node.work.queues.job import REASON_MAX, Job
 from zmqbus.node.work.queues.tie import Fail, Tie
-from zmqbus.node.work.queues.window import START, Window
+from zmqbus.node.work.queues.window import START, WAIT, Window
 from zmqbus.protocol.frames import Batch, ValueDecoder, decode_batches
 
 SLICE = 128  # jobs of a batch that are handed out without a look at what there is to say
 DIRTY_MAX = 64  # deliveries with something to say, before that is said at once
+PATIENCE = 0.5  # of a lease, for which a job may wait here: who begins it has at least the other half
+TOO_LONG = 1.0  # seconds for which a job waited: then too much of what came after it goes to others
 NOT, LATER, NOW = range(3)  # when the engine comes to collect
 
 
@@ -66,7 +68,7 @@ class Hand:
         """`wake`: to be called when there is something to take; None: consumers sleep on `bell`."""
         self.driver = driver
         self.window = Window(credit)
-        self.patience = lease * (1 - MARGIN)
+        self.patience = lease * PATIENCE
         self.ties: dict[int, Tie] = {}
         """By the origin of the owner. The engine's."""
         self.closed: Exception | None = None
@@ -167,7 +169,7 @@ class Hand:
     def owners(self) -> int:
         """How many have jobs: they sent some within the last second."""
         recent = now() - 1.0
-        return sum(tie.last_job > recent and not tie.gone for tie in self.ties.values())
+        return sum(tie.last_job > recent and not tie.gone for tie in list(self.ties.values()))
 
     def credit(self, tie: Tie, owners: int) -> int:
         """How much one of so many owners may have sent in all, if that is more than it was told; else 0."""
@@ -206,20 +208,13 @@ class Hand:
         """Give back what waited too long. Returns when to look again; None: when something has come."""
         with self.bell:
             time = now()
-            loaded = self._loaded
-            due = inf
-            if loaded is not None and (length_hint(self._source) or loaded.at < len(loaded.values)):
-                due = loaded.delivery.deadline  # which may have been extended
-                if due <= time:
-                    self.stuck = self._give_back_slice()
-                    due = inf
-            while (self._batches or self._split()) and self._batches[0][0].deadline <= time:
+            while (deadline := self._next_deadline()) is not None and deadline <= time:
                 self.stuck = True
-                self._give_back(*self._batches.popleft())
+                if not self._give_back_slice():
+                    self._give_back(*self._batches.popleft())
             if self.failures:
                 self.hasten()
-            due = min(due, self._batches[0][0].deadline if self._batches else inf)
-            return None if due == inf else due
+            return deadline
 
     def stop(self, reason: Exception) -> None:
         """No more jobs: what was not begun is given back."""
@@ -272,11 +267,18 @@ class Hand:
 
     def dry(self, time: float) -> None:
         """Somebody waits, and there is nothing left. Perhaps that is because no more may be sent."""
-        if (
-            not self._grown
-            and any(tie.received >= tie.granted and not tie.gone for tie in list(self.ties.values()))
-            and self.window.dry(time - self._latest)
-        ):
+        if self._grown:
+            return
+        short = [tie for tie in list(self.ties.values()) if tie.received >= tie.granted and not tie.gone]
+        if not short:
+            return
+        owners = max(1, self.owners)
+        share = self.window.share(owners)
+        if any(tie.finished + share > tie.granted for tie in short):
+            self.hasten()
+            return
+        least = (max(tie.received - tie.finished for tie in short) + 1) * owners if self._busy >= share else 0
+        if self.window.dry(time - self._latest, least):
             self._grown = True
             self.hasten()
 
@@ -323,7 +325,7 @@ class Hand:
         before = loaded.at
         self.items, self._source = loaded.jobs(size)
         self._waiting -= loaded.at - before
-        if self.window.waited(waited, self._busy):
+        if waited > WAIT and self.window.waited(waited, self._busy) and waited > TOO_LONG:
             self._trim()
         return True
 
@@ -373,6 +375,7 @@ class Hand:
                 continue
             self._latest = parcel.received
             if batches:
+                self.window.weigh(sum(map(len, parcel.parts)), sum(batch.count for batch in batches))
                 return True
         return False
 
@@ -414,3 +417,13 @@ class Hand:
         for first, last in ranges_of(seqs):
             delivery.fail(first, last, "return", -1, "")
         return True
+
+    def _next_deadline(self) -> float | None:
+        """When it is too late for the first of those that wait. None: there are none."""
+        loaded = self._loaded
+        if loaded is not None and (length_hint(self._source) or loaded.at < len(loaded.values)):
+            return loaded.delivery.deadline
+        self._loaded = None
+        if not self._batches and not self._split():
+            return None
+        return self._batches[0][0].deadline

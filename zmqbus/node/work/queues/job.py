@@ -102,8 +102,7 @@ class Job(msgspec.Struct, gc=False, eq=False):
         self._fail("reject", -1, reason)
 
     def extend(self, seconds: float) -> None:
-        """It is still being worked on, for at most so many seconds from now on: its lease, and that of what came with
-        it, runs till then. Does not wait.
+        """It is still being worked on, for at most so many seconds from now on: so long its lease runs. Does not wait.
 
         Raises:
             JobSettled: it was settled before.

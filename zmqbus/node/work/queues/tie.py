@@ -47,8 +47,10 @@ class Origin(Protocol):
     origin: int
 
 
+Job = tuple[int, int, int]
+"""Number of the delivery, first and last seq."""
 Done = tuple[Origin, int, int]
-"""Delivery, first and last seq."""
+"""The same, with what is to be known of it."""
 
 
 class Tie:
@@ -72,11 +74,11 @@ class Tie:
         """and how many of these are this worker's no more."""
         self.last_job = self.last_heard = -inf
         self.done: list[Done] = []
-        self.fails: dict[Fail, list[tuple[int, int, int]]] = {}
+        self.fails: dict[Fail, list[Job]] = {}
         self.asked = self.answered = 0
         """DONEs and FAILs, and how many of them are answered, which happens in their order."""
         self._unsaid: deque[Body] = deque()
-        self._unsettled: deque[list[Done]] = deque()
+        self._unsettled: deque[tuple[list[Job], list[Done]]] = deque()
 
     def add(self, done: Iterable[Done]) -> None:
         """These are acknowledged."""
@@ -84,7 +86,7 @@ class Tie:
             self.done.append(entry)
             self.finished += entry[2] - entry[1] + 1
 
-    def fail(self, fail: Fail, job: tuple[int, int, int]) -> None:
+    def fail(self, fail: Fail, job: Job) -> None:
         """These are not done."""
         self.fails.setdefault(fail, []).append(job)
         self.finished += job[2] - job[1] + 1
@@ -97,7 +99,7 @@ class Tie:
     @property
     def unsettled(self) -> int:
         """Jobs that were acknowledged and of which no more is known."""
-        return sum(last - first + 1 for done in (*self._unsettled, self.done) for _, first, last in done)
+        return sum(last - first + 1 for done in self._acknowledged() for _, first, last in done)
 
     def compose(self, credit: int) -> None:
         """Put into words what there is to say, and that so much may have been sent (0: as before)."""
@@ -105,10 +107,11 @@ class Tie:
         for fail, jobs in self.fails.items():
             for part in _parts(jobs):
                 bodies.append(commands.Fail(self.number, part, *fail))
-                self._unsettled.append([])
+                self._unsettled.append((part, []))
         for done in _parts(self.done):
-            bodies.append(commands.Done(self.number, [(origin.number, first, last) for origin, first, last in done]))
-            self._unsettled.append(done)
+            jobs = [(origin.number, first, last) for origin, first, last in done]
+            bodies.append(commands.Done(self.number, jobs))
+            self._unsettled.append((jobs, done))
         self.asked += len(bodies)
         if credit:
             if not bodies:
@@ -125,24 +128,32 @@ class Tie:
             self._unsaid.popleft()
         return True
 
-    def settled(self, refused: Iterable[tuple[int, int, int]]) -> list[Done]:
-        """A SETTLED came. Returns those acknowledged jobs that it refuses."""
+    def settled(self, refused: Iterable[Job]) -> list[Done]:
+        """A SETTLED came: of the first that is not answered, or of that which it refuses something of. Returns those
+        acknowledged jobs that it refuses."""
         if not self._unsettled:
             return []
-        done = self._unsettled.popleft()
         self.answered += 1
         late = set(map(tuple, refused))
-        return [entry for entry in done if late and (entry[0].number, entry[1], entry[2]) in late]
+        for at, (jobs, done) in enumerate(self._unsettled):
+            if not late.isdisjoint(jobs):
+                del self._unsettled[at]
+                return [entry for entry, job in zip(done, jobs, strict=False) if job in late]
+        self._unsettled.popleft()
+        return []
 
     def abandon(self) -> list[Done]:
         """It is gone. Returns what was acknowledged and is not settled."""
         self.gone = True
         self.wire.unfollow(self.request)
-        lost = [entry for done in (*self._unsettled, self.done) for entry in done]
+        lost = [entry for done in self._acknowledged() for entry in done]
         self._unsettled.clear()
         self._unsaid.clear()
         self.done, self.fails = [], {}
         return lost
+
+    def _acknowledged(self) -> Iterable[list[Done]]:
+        return [*(done for _, done in self._unsettled), self.done]
 
 
 def _parts(entries: list[T]) -> Iterable[list[T]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 START = 8
 MOST = 2048
+BYTES = 16 * 1024 * 1024  # and about so much may wait, where that is fewer
 WAIT = 0.1  # seconds for which a job should wait for its turn, at the most
 
 
@@ -17,17 +18,30 @@ class Window:
 
     def __init__(self, asked: int | None) -> None:
         self.adapts = asked is None
+        self.most = MOST
+        self._weight = 0.0  # bytes of a job, lately
         self.size = START if asked is None else asked
 
     def share(self, owners: int) -> int:
         """Of each of so many owners that have jobs."""
         return max(1, self.size // max(1, owners))
 
-    def dry(self, took: float) -> bool:
-        """All that may be sent was, and is begun, so many seconds after the last of it came. True: the window grew."""
-        if not self.adapts or took > WAIT / 2 or self.size >= MOST:
+    def weigh(self, size: int, jobs: int) -> None:
+        """So many jobs came, of so many bytes in all."""
+        if self.adapts:
+            self._weight += (size / jobs - self._weight) / 8 if self._weight else size / jobs
+            self.most = min(MOST, max(1, int(BYTES / max(1.0, self._weight))))
+            self.size = min(self.size, self.most)
+
+    def dry(self, took: float, least: int) -> bool:
+        """Somebody wants more, and all that may be sent was, the last so many seconds ago. True: the window grew.
+
+        `least`: all of it is in hands, unfinished, and less than so many would bring nothing. Then who wants more can
+        do more, however slow the others are. 0: it is done with.
+        """
+        if not self.adapts or self.size >= self.most or (took > WAIT / 2 and not least):
             return False
-        self.size = min(MOST, self.size * 2)
+        self.size = min(self.most, max(self.size * 2, least))
         return True
 
     def waited(self, seconds: float, busy: int) -> bool:

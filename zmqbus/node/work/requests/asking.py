@@ -44,8 +44,8 @@ class Call:
     """One request of ours. `on_end` is called once, on the loop, unless it is given up before."""
 
     __slots__ = (
-        *("at", "expires_at", "greeted", "has_ended", "headers", "link", "number"),
-        *("on_end", "only", "packed", "refusal", "service", "tried"),
+        *("at", "chosen", "expires_at", "greeted", "has_ended", "headers", "link", "number"),
+        *("on_end", "only", "packed", "refusal", "service", "timeout", "tried"),
     )
 
     def __init__(
@@ -61,10 +61,12 @@ class Call:
         self.service = service
         self.packed = packed
         self.headers = headers  # packed, empty: none
+        self.timeout = timeout
         self.expires_at = None if timeout is None else now() + timeout
         self.on_end = on_end
         self.only = only
-        self.tried: set[int] = set()
+        self.chosen: int | None = None  # whom to ask first; it counts as asked already
+        self.tried: set[int] = set()  # who has it, or has refused it
         self.refusal: ZmqbusError | None = None  # why nobody has taken it so far
         self.greeted = False  # somebody wanted to hear HELLO first
         self.has_ended = False
@@ -72,10 +74,37 @@ class Call:
         self.link: Link | None = None
         self.number = 0  # of the request on that link
 
+    def refused(self, error: commands.Error, name: str) -> None:
+        """Somebody has surely not begun with it."""
+        if error.code == "busy":
+            self.refusal = ResponderBusy(self.service, name)
+        elif error.code not in ("service", "hello"):
+            self.refusal = RemoteError(error.code, error.reason, name)
+
+    @property
+    def patience_ms(self) -> int:
+        """For how long from now on somebody waits for the answer; 0: without limit."""
+        return 0 if self.expires_at is None else max(1, ceil((self.expires_at - now()) * 1000))
+
     @property
     def parts(self) -> tuple[bytes, ...]:
         """What follows the body."""
         return (self.packed, self.headers) if self.headers else (self.packed,)
+
+
+def outcome_of(command: Command | None, service: str, origin: int, name: str) -> Outcome | commands.Error:
+    """What an answer to REQUEST says; None: it is lost. An Error: it was surely not begun with."""
+    match None if command is None else command.body:
+        case None:
+            return ResponderLost(service, name)
+        case commands.Reply(error="") if command is not None and len(command.batches) == 1:
+            return Answered(origin, command.batches[0])
+        case commands.Reply(error=error, text=text) if error:
+            return RemoteError(error, text, name)
+        case commands.Error() as refusal:
+            return refusal
+        case body:
+            return RemoteProtocolError(f"{name}: {type(body).__name__.upper()} without one value in answer to REQUEST")
 
 
 class Host(Protocol):
@@ -107,18 +136,23 @@ class Asking:
 
     def begin(self, call: Call) -> None:
         """Send it to a responder. Where there is none, or none can take it, that ends it at once."""
-        while not call.has_ended:
-            if self._refusal is not None:
-                return self._end(call, self._refusal)
-            origin = self._responders.choose(call.service, partial(self._may_be_asked, call))
+        responders = self._responders
+        origin, call.chosen = call.chosen, None
+        while not call.has_ended and self._refusal is None:
+            if origin is None:
+                origin = responders.choose(call.service, partial(self._may_be_asked, call))
             if origin is None:
                 return self._end(call, call.refusal or NoResponders(call.service))
-            if self._responders.load(origin) >= OPEN_MAX:  # and so has every other
-                return self._end(call, ResponderBusy(call.service, self._responders.name(origin)))
-            call.tried.add(origin)
-            if self._send(call, origin):
+            if responders.load(origin) > OPEN_MAX:
+                call.refusal = ResponderBusy(call.service, responders.name(origin))
+            elif self._may_be_asked(call, origin) and self._send(call, origin):
                 return None
-        return None
+            call.tried.add(origin)
+            responders.ended(origin)
+            origin = None
+        if origin is not None:
+            responders.ended(origin)
+        return self._end(call, self._refusal or NoResponders(call.service))
 
     def give_up(self, call: Call) -> None:
         """Nobody waits for it any more."""
@@ -134,7 +168,7 @@ class Asking:
         Raises:
             NoResponders: there is nobody.
         """
-        origins = [origin for origin in self._responders.of(service) if self._is_there(origin)]
+        origins = [origin for origin in self._responders.of(service) if self.is_there(origin)]
         if not origins:
             raise NoResponders(service)
         wanted = len(origins) if n is None else min(n, len(origins))
@@ -175,20 +209,21 @@ class Asking:
 
     # --- to one responder, and back --------------------------------------------------------------
 
-    def _is_there(self, origin: int) -> bool:
+    def is_there(self, origin: int) -> bool:
+        """Whether a node can be asked. Any thread."""
         return origin == self._host.origin or self._host.peering.joined(origin)
 
     def _may_be_asked(self, call: Call, origin: int) -> bool:
-        return origin not in call.tried and call.only in (None, origin) and self._is_there(origin)
+        return origin not in call.tried and call.only in (None, origin) and self.is_there(origin)
 
     def _send(self, call: Call, origin: int) -> bool:
+        """False: it could not be, or was refused at once. Then it is not counted as open."""
         if origin == self._host.origin:
             return self._hand_over(call)
         link = self._host.peering.links[origin]
         if not link.is_guarded:
             link.guard()
-        left = 0 if call.expires_at is None else max(1, ceil((call.expires_at - now()) * 1000))
-        request = commands.Request(call.service, left)
+        request = commands.Request(call.service, call.patience_ms)
         number = link.follow(request, partial(self._heard, call), call.parts)
         if number:
             self._took(call, origin, link, number)
@@ -204,15 +239,14 @@ class Asking:
         incoming = Incoming(call.service, call.packed, call.headers, own, call.expires_at, answer)
         self._took(call, own, None, 0)
         error = self._answering.take(incoming)
-        if error is None:
-            return True
-        self._release(call)
-        self._refused(call, error)
-        return False
+        if error is not None:
+            del self._open[own][call]
+            call.refused(error, self._responders.name(own))
+        return error is None
 
     def _took(self, call: Call, origin: int, link: Link | None, number: int) -> None:
         self.asked += 1
-        self._responders.asked(origin)
+        call.tried.add(origin)
         self._open.setdefault(origin, {})[call] = None
         call.at, call.link, call.number = origin, link, number
 
@@ -223,31 +257,16 @@ class Asking:
         origin = call.at
         self._release(call)
         name = self._responders.name(origin)
-        match None if command is None else command.body:
-            case None:
-                self._end(call, ResponderLost(call.service, name))
-            case commands.Reply(error="") if command is not None and len(command.batches) == 1:
-                self._end(call, Answered(origin, command.batches[0]))
-            case commands.Reply(error=error, text=text) if error:
-                self._end(call, RemoteError(error, text, name))
-            case commands.Error(code="hello") if not call.greeted:
-                call.greeted = True  # by a reconnect. HELLO is said now; the request follows it
-                call.tried.discard(origin)
-                self._loop.call_soon(self.begin, call)
-            case commands.Error() as error:
-                self._refused(call, error)
-                self.begin(call)
-            case body:
-                what = f"{name}: {type(body).__name__.upper()} without one value in answer to REQUEST"
-                self._end(call, RemoteProtocolError(what))
-
-    def _refused(self, call: Call, error: commands.Error) -> None:
-        """Somebody has surely not begun with it."""
-        name = self._responders.name(call.at)
-        if error.code == "busy":
-            call.refusal = ResponderBusy(call.service, name)
-        elif error.code not in ("service", "hello"):
-            call.refusal = RemoteError(error.code, error.reason, name)
+        outcome = outcome_of(command, call.service, origin, name)
+        if not isinstance(outcome, commands.Error):
+            self._end(call, outcome)
+        elif outcome.code == "hello" and not call.greeted:
+            call.greeted = True  # by a reconnect. HELLO is said now; the request follows it
+            call.tried.discard(origin)
+            self._loop.call_soon(self.begin, call)
+        else:
+            call.refused(outcome, name)
+            self.begin(call)
 
     def _release(self, call: Call) -> None:
         """It is no longer to be answered by whom it was sent to."""

@@ -1,0 +1,215 @@
+"""Lanes: connections on which a request goes out, and its answer comes back, on the thread that asks.
+
+Otherwise the caller wakes the engine's thread, and that the caller: each costs as much as a way through the network.
+A lane is a DEALER to a responder's inbox that one thread uses at a time, for one request at a time. It is only a short
+cut: whoever asks for the first time, or finds no lane that is free and connected, goes by the engine; so does what
+somebody on a lane has surely not begun with, and what has no time limit.
+
+While a thread waits here, it sees at once when the connection breaks: with no more than one message under way, a DEALER
+that cannot send (IMMEDIATE) has lost it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable
+from math import ceil
+from threading import Lock
+from typing import Protocol
+
+from zmqbus.errors import RemoteProtocolError, RequestTimeout, ZmqbusError
+from zmqbus.net.clock import now
+from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, POLLIN, POLLOUT, Again, SocketFactory
+from zmqbus.node.peers.links import Link, putter
+from zmqbus.node.work.requests.answering import Peers
+from zmqbus.node.work.requests.asking import Call, Outcome, outcome_of
+from zmqbus.protocol import commands
+from zmqbus.protocol.commands import decode_command, encode_command
+from zmqbus.protocol.members.responders import Responders
+
+POLL_MAX = 3600.0  # seconds of one poll, which counts milliseconds in an int
+LANES_MAX = 4  # to one responder; who finds all of them in use goes by the engine
+
+
+class Host(Protocol):
+    """What is needed of the engine."""
+
+    origin: int
+
+    @property
+    def peering(self) -> Peers:
+        """The other nodes."""
+
+
+class Lane:
+    """One connection."""
+
+    def __init__(self, factory: SocketFactory, link: Link, origin: int, bell: int) -> None:
+        """`bell`: a descriptor that becomes readable when the node is closed."""
+        self.link = link
+        self.origin = origin
+        self._number = 0
+        self._socket = factory.dealer()
+        factory.connect(self._socket, link.endpoint)
+        self._put = putter(self._socket)
+        self._poll = select.poll()
+        self._poll.register(int(self._socket.get(FD)), select.POLLIN)
+        self._poll.register(bell, select.POLLIN)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether a request can be sent."""
+        return bool(int(self._socket.get(EVENTS)) & POLLOUT)
+
+    def ask(self, call: Call, expires_at: float, me: int, name: str, lanes: Lanes) -> Outcome | commands.Error:
+        """Send a request, and wait for what comes of it. An Error: it was surely not begun with.
+
+        Raises:
+            RequestTimeout, NodeClosed: there was no answer; one may yet come, so that this is to be closed.
+        """
+        self._number += 1
+        try:
+            self._put(encode_command(commands.Request(call.service, call.patience_ms, me), self._number, call.parts))
+        except Again:
+            return commands.Error("lane", "it is not connected")
+        while True:
+            events = int(self._socket.get(EVENTS))
+            if events & POLLIN:
+                try:
+                    command = decode_command(self._socket.recv_multipart(NOBLOCK))
+                except Again:
+                    continue
+                except RemoteProtocolError as error:
+                    return error
+                return outcome_of(command, call.service, self.origin, name)
+            if not events & POLLOUT:
+                return outcome_of(None, call.service, self.origin, name)
+            left = expires_at - now()
+            if left <= 0:
+                raise RequestTimeout(call.service, call.timeout or 0.0)
+            self._poll.poll(ceil(min(left, POLL_MAX) * 1000))
+            if lanes.refusal is not None:
+                raise lanes.refusal
+
+    def close(self) -> None:
+        """Nothing comes over it any more."""
+        self._socket.close(0)
+
+
+class Lanes:
+    """The lanes of one node. Any thread."""
+
+    def __init__(
+        self, host: Host, factory: SocketFactory, responders: Responders, can_be_asked: Callable[[int], bool]
+    ) -> None:
+        self.asked = 0
+        self.in_use = 0
+        self.refusal: ZmqbusError | None = None
+        self._host = host
+        self._factory = factory
+        self._responders = responders
+        self._can_be_asked = can_be_asked
+        self._lock = Lock()
+        self._idle: dict[int, list[Lane]] = {}  # by origin, for all that were asked before
+        self._number: dict[int, int] = {}  # of all lanes there
+        self._bell: tuple[int, int] | None = None
+
+    def ask(self, call: Call) -> Outcome | None:
+        """The outcome of a request; None: it has to go by the engine.
+
+        Raises:
+            RequestTimeout: no answer came in time.
+            NodeClosed: the node was closed meanwhile.
+        """
+        if call.expires_at is None:
+            return None
+        responders = self._responders
+        origin = responders.choose(call.service, self._can_be_asked)
+        if origin is None:
+            return None
+        outcome: Outcome | commands.Error | None = None
+        lane = None
+        try:
+            lane = self._take(origin)
+            if lane is not None:
+                name = responders.name(origin)
+                outcome = lane.ask(call, call.expires_at, self._host.origin, name, self)
+        finally:
+            if lane is not None:
+                self._put_back(lane, is_good=outcome is not None and lane.is_up)
+                responders.ended(origin)
+        if lane is None:
+            call.chosen = origin
+            return None
+        if not isinstance(outcome, commands.Error):
+            return outcome
+        if outcome.code not in ("lane", "hello"):
+            call.tried.add(origin)
+            call.refused(outcome, name)
+        return None
+
+    def drop(self, origin: int) -> None:
+        """A peer is lost, or forgotten: what leads there is of no use."""
+        with self._lock:
+            for lane in self._idle.pop(origin, ()):
+                self._close(lane)
+
+    def close(self, refusal: ZmqbusError) -> None:
+        """Nobody asks any more. Those who wait end, soon."""
+        with self._lock:
+            self.refusal = refusal
+            for origin in list(self._idle):
+                for lane in self._idle.pop(origin):
+                    self._close(lane)
+            if self._bell is not None:
+                os.write(self._bell[1], b"\0")
+
+    def let_go(self) -> None:
+        """Of what is left, when nobody uses it any more."""
+        if self._bell is not None and not self.in_use:
+            for end in self._bell:
+                os.close(end)
+            self._bell = None
+
+    def _take(self, origin: int) -> Lane | None:
+        """A lane that is free and connected; if there is none, make one, for the next request."""
+        link = self._host.peering.links.get(origin)
+        with self._lock:
+            if link is None or self.refusal is not None:
+                return None
+            idle = self._idle.get(origin)
+            if idle is None:  # it may have been the only request
+                self._idle[origin] = []
+                return None
+            while idle and idle[-1].link is not link:
+                self._close(idle.pop())
+            if idle:
+                if not idle[-1].is_up:
+                    return None
+                self.in_use += 1
+                self.asked += 1
+                return idle.pop()
+            if self._number.get(origin, 0) < LANES_MAX:
+                if self._bell is None:
+                    self._bell = os.pipe()
+                idle.append(Lane(self._factory, link, origin, self._bell[0]))
+                self._number[origin] = self._number.get(origin, 0) + 1
+            return None
+
+    def _put_back(self, lane: Lane, is_good: bool) -> None:
+        with self._lock:
+            self.in_use -= 1
+            idle = self._idle.get(lane.origin)
+            if is_good and idle is not None and lane.link is self._host.peering.links.get(lane.origin):
+                idle.append(lane)
+            else:
+                self._close(lane)
+
+    def _close(self, lane: Lane) -> None:
+        lane.close()
+        left = self._number[lane.origin] - 1
+        if left:
+            self._number[lane.origin] = left
+        else:
+            del self._number[lane.origin]
