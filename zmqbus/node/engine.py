@@ -194,7 +194,7 @@ class Engine:
         try:
             while not outlet.push() and now() < deadline:
                 await asyncio.sleep(TICK)
-            await self.workers.leave(max(0.0, deadline - now()))
+            await self.workers.leave(max(0.0, deadline - now()) / 2)
             while (self.jobs.left or ((self._forwarders or self._outbox) and unacked(outlet))) and now() < deadline:
                 await asyncio.sleep(TICK)
             await self.requests.leave(max(0.0, deadline - now()))
