@@ -259,7 +259,8 @@ class Workers:
         for tie in hand.ties.values():
             if not tie.gone:
                 tie.wire.say(commands.Leave(tie.number), tie.request)
-                self._lose(hand, tie)
+                hand.lose(tie)
+                hand.lost += self._tell(hand, tie.abandon())
         for key, count in (("jobs_received", hand.jobs), ("jobs_refused", hand.refused), ("acks_lost", hand.lost)):
             self._past[key] += count
 
