@@ -197,6 +197,25 @@ def test_what_a_worker_says_while_its_group_is_written_down_counts(forwarder: Ru
     assert not queues._joining
 
 
+def test_what_is_on_its_way_to_the_disk_when_a_group_is_named(forwarder: Running, node: Node) -> None:
+    """It was appended when nobody wanted it, and cannot be read yet."""
+    meet(node, "logs.a")
+    with worker_of(forwarder) as worker, Gate.closed() as gate:
+        begin(worker, "logs.>", credit=10, offset=0)
+        eventually(lambda: gate.waiting == 1)
+        node.publish("logs.a", 1)
+        store = forwarder.forwarder._store
+        assert store is not None
+        eventually(lambda: store.next_offset == 2)
+        gate.let_through(1)
+        assert [job.value for job in worker.take(1)] == ["first"]
+        assert worker.gets_nothing(300)
+        gate.let_through(1000)
+        assert [job.value for job in worker.take(1)] == [1]
+        eventually(lambda: figures(forwarder, "logs.>", "workers").in_flight == 2)
+        assert figures(forwarder, "logs.>", "workers").waiting == 0
+
+
 def test_a_group_can_be_forgotten(forwarder: Running, node: Node) -> None:
     meet(node, "logs.a")
     with worker_of(forwarder) as worker:

@@ -50,6 +50,8 @@ class Backlog:
         self.next = place
         """All of ours before this is loaded or settled."""
         self.live = False
+        self.known_from = place
+        """What is appended from this offset on, the tail knows of."""
         self.works: OrderedDict[int, Work] = OrderedDict()
         """Loaded, and not settled as a whole: by offset, in order."""
         self.bytes = self.messages = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from zmqbus.forwarder.queues.kept import GROUP_PREFIX, QUEUE_PREFIX, Kept, curso
 from zmqbus.forwarder.queues.rivals import Rivals
 from zmqbus.forwarder.queues.scribe import Scribe
 from zmqbus.forwarder.queues.stock import Stock
-from zmqbus.journal import Commit, Journal, find_time
+from zmqbus.journal import Journal, find_time
 from zmqbus.net.clock import now, time_ns
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import Event
@@ -79,15 +79,10 @@ class Queues:
 
     # --- life --------------------------------------------------------------------------------------
 
-    def open(self) -> None:
-        """Take up what an earlier life has left. Before anybody can say anything. Raises JournalCorrupt."""
-        journal = self._journal
-        for name, cursor in journal.cursors.all().items():
-            if name.startswith((QUEUE_PREFIX, GROUP_PREFIX)):
-                try:
-                    self._stock.open(Backlog(decode(cursor.data), cursor.offset))
-                except (ValueError, TopicError) as error:
-                    raise JournalCorrupt(journal.segments[-1].directory, 0, f"cursor {name!r}: {error}") from None
+    def open(self, backlogs: Iterable[Backlog]) -> None:
+        """Go on with what an earlier life has left. Before anybody can say anything."""
+        for backlog in backlogs:
+            self._stock.open(backlog)
         self._stock.survey(self._stock.backlogs.values())
         self._engine.on_link_lost.append(self._lost)
         self._look()
@@ -118,10 +113,12 @@ class Queues:
             self._judge(backlog)
             self._stock.begin(backlog)
 
-    def grown(self, commit: Commit) -> None:
+    def refused(self) -> None:
+        """Some of what was appended last is not, after all. Before anything else is."""
+        self.tail.cut(self._journal.next_offset)
+
+    def grown(self) -> None:
         """There is more on disk than there was."""
-        if commit.refused:
-            self.tail.cut(self._journal.next_offset)
         if self.tail.watched:
             fresh = self._stock.grown()
             self._graves.look()
@@ -382,6 +379,18 @@ class Queues:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def take_up(journal: Journal) -> list[Backlog]:
+    """What an earlier life has left. Raises JournalCorrupt."""
+    backlogs = []
+    for name, cursor in journal.cursors.all().items():
+        if _is_ours(name):
+            try:
+                backlogs.append(Backlog(decode(cursor.data), cursor.offset))
+            except (ValueError, TopicError) as error:
+                raise JournalCorrupt(journal.segments[-1].directory, 0, f"cursor {name!r}: {error}") from None
+    return backlogs
 
 
 def _is_ours(name: str) -> bool:

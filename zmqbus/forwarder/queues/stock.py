@@ -53,12 +53,14 @@ class Stock:
         self._stuck: set[Backlog] = set()  # of which that was said
         self._loader = Loader(journal, worker, self._loaded)
         self._surveys: set[Survey] = set()
+        self._unknown: list[Backlog] = []  # to be surveyed when all that the tail does not know of is on disk
 
     # --- which there are ---------------------------------------------------------------------------
 
     def open(self, backlog: Backlog) -> None:
         """From now on there is this one, too."""
         self.backlogs[backlog.name] = backlog
+        backlog.known_from = self._journal.next_offset
         self.tail.open(backlog)
         if backlog.team is not None:
             self._groups[backlog.team.group] = backlog
@@ -80,6 +82,7 @@ class Stock:
             self._dispatcher.forget(line)
         if backlog.team is not None:
             del self._groups[backlog.team.group]
+        self._unknown = [other for other in self._unknown if other is not backlog]
         for survey in self._surveys:
             survey.backlogs.pop(backlog, None)
 
@@ -132,6 +135,7 @@ class Stock:
 
     def grown(self) -> bool:
         """There is more on disk than there was. Returns whether there is more to be given out."""
+        self._survey_known()
         time, fresh = now(), False
         for offset, batch in self.tail.take(self._journal.durable_offset):
             for backlog in self.tail.backlogs(batch.topic, bool(batch.flags & QUEUED)):
@@ -153,7 +157,8 @@ class Stock:
     def feed(self) -> None:
         """Have more read, where it is wanted and there is room."""
         for backlog in list(self._behind):
-            if not backlog.busy and not backlog.broken and self._has_room(backlog, 2):
+            ready = not backlog.busy and not backlog.broken and backlog.next < self._journal.durable_offset
+            if ready and self._has_room(backlog, 2):
                 size = max(self._share - backlog.bytes, AHEAD_BYTES_MIN)
                 room = Room(size, MESSAGES_MAX - backlog.messages, (SCATTER_BYTES_MAX - backlog.scatter) // 5)
                 self._loader.load(backlog, room)
@@ -202,7 +207,7 @@ class Stock:
         backlog.next = max(backlog.next, piece.reached)
         for first, last in piece.dropped:
             self._warn(f"{backlog.name}: offsets {first:,} to {last:,} are no more, and with them what was of it there")
-        if backlog.next >= self._journal.durable_offset:
+        if backlog.next >= max(self._journal.durable_offset, backlog.known_from):
             backlog.live = True
             self._want(backlog)
         self._on_more()
@@ -216,7 +221,12 @@ class Stock:
 
     def survey(self, backlogs: Collection[Backlog]) -> None:
         """Find out how much there is of them, and whether there is anything."""
-        if backlogs:
+        self._unknown += backlogs
+        self._survey_known()
+
+    def _survey_known(self) -> None:
+        if self._unknown and self._journal.durable_offset >= max(backlog.known_from for backlog in self._unknown):
+            backlogs, self._unknown = self._unknown, []
             self._surveys.add(Survey(self._journal, self._worker, self.tail, backlogs, self._surveyed))
 
     def _surveyed(self, survey: Survey, error: BaseException | None) -> None:
