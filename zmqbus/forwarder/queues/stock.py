@@ -173,8 +173,8 @@ class Stock:
         return any(map(self._dispatcher.waiting, backlog.lines))
 
     def _has_room(self, backlog: Backlog, parts: int = 1) -> bool:
-        """Whether more of it may be loaded; with `parts`, while there is something to give out, not before less than one
-        part of what may be is."""
+        """Whether more of it may be loaded; with `parts`, while there is something to give out, not before less than
+        one part of what may be is."""
         if not backlog.works:
             return True
         waits = self._waits(backlog)
