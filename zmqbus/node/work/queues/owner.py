@@ -293,6 +293,9 @@ class Owner:
             queue.works.pop()
         queue.handed = True
         self._advance(queue)
+        with self._outlet.lock:
+            ledger, publisher = self._outlet.ledger, queue.publisher
+            ledger.handed(ledger.account(publisher.topic, publisher.shelf), queue.end - 1)
 
     def _take_back(self, queue: Queue) -> None:
         """No forwarder is to have it any more: what none has acknowledged is ours again."""
