@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -204,3 +205,17 @@ def test_a_batch_that_cannot_be_cut_keeps_back_nothing_else(node: zmqbus.Node) -
     with worker_of(node) as worker:
         worker.join("jobs.a", credit=4)
         assert [job.value for job in worker.take(3)] == [0, 1, 2]
+
+
+def test_a_job_that_dies_while_its_node_closes_remains(bus: str) -> None:
+    """There can be no letter any more, so it is not as good as done."""
+    node = zmqbus.Node("owner", bus=bus, discovery="static")
+    node.push_many("jobs.a", range(2))
+    with worker_of(node) as worker, ThreadPoolExecutor(1) as thread:
+        worker.join("jobs.a", credit=2)
+        first, second = worker.take(2)
+        closing = thread.submit(node.close, 1.0)
+        eventually(lambda: node._engine.refusal is not None)
+        worker.fail(first, how="reject")
+        worker.done(second)
+        assert closing.result(20) == [zmqbus.Undelivered("queue jobs.a", 0, 1)]

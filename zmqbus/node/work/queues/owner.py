@@ -233,11 +233,12 @@ class Owner:
         while dispatcher.dead:
             dead = dispatcher.dead.pop()
             if dead.work.line[0] is None:
-                topic, value, headers = letter(dead)
                 try:
+                    topic, value, headers = letter(dead)
                     self._as_queue(self._outlet.publisher(topic, internal=True)).send_without_wait(value, headers)
-                except ZmqbusError as error:
+                except ZmqbusError as error:  # the node may be closing: the message remains
                     self._host.warn(f"{dead.work.line[1]}: no dead letter could be kept ({error}): {dead.reason}")
+                    continue
             else:
                 self._host.warn(
                     f"group {dead.work.line[0]}: {dead.work.line[1]} {dead.seq} was given up: {dead.reason}"
