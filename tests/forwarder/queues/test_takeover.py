@@ -120,3 +120,22 @@ def test_what_the_producer_gives_out_itself_is_not_durable_before_it_is_done(bus
                     await worker.flush(20)
 
     run(main())
+
+
+def test_nothing_is_owed_to_a_forwarder_of_what_was_done_before_it_came(bus: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        producer = await zmqbus.AsyncNode("producer", bus=bus, discovery="static").open()
+        seed = [producer.endpoints["inbox"]]
+        async with (
+            zmqbus.AsyncNode("worker", bus=bus, discovery="static", peers=seed) as node,
+            node.pull("jobs.a", credit=1) as worker,
+        ):
+            await producer.push("jobs.a", 1)
+            (await next_job(worker)).ack()
+            await worker.flush(20)
+            async with zmqbus.Forwarder(tmp_path / "journal", bus=bus, discovery="static", peers=seed):
+                await until(lambda: producer._engine.jobs._queues["jobs.a"].handed)
+                await producer.flush(20)
+                assert await producer.close(20) == []
+
+    run(main())

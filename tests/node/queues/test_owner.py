@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -219,3 +220,17 @@ def test_what_a_group_gives_up_is_a_dead_letter_as_well(node: zmqbus.Node) -> No
         assert dead.headers["$group"].startswith("indexers")
         worker.done(dead, number=2)
         assert left(node) == 0
+
+
+def test_a_job_that_dies_while_its_node_closes_remains(bus: str) -> None:
+    """There can be no letter any more, so it is not as good as done."""
+    node = zmqbus.Node("owner", bus=bus, discovery="static")
+    node.push_many("jobs.a", range(2))
+    with worker_of(node) as worker, ThreadPoolExecutor(1) as thread:
+        worker.join("jobs.a", credit=2)
+        first, second = worker.take(2)
+        closing = thread.submit(node.close, 1.0)
+        eventually(lambda: node._engine.refusal is not None)
+        worker.fail(first, how="reject")
+        worker.done(second)
+        assert closing.result(20) == [zmqbus.Undelivered("queue jobs.a", 0, 1)]

@@ -55,9 +55,9 @@ class Account:
     @property
     def unacked(self) -> int:
         """Messages that are kept for somebody to acknowledge. What had left the history before anybody claimed it will
-        never be, and so nobody is to wait for it."""
+        never be, nor what is the publisher's own, and so nobody is to wait for it."""
         entries = self.shelf.entries
-        return max(0, entries[-1][1] - max(entries[0][0], self.durable + 1)) if entries else 0
+        return max(0, entries[-1][1] - max(entries[0][0], self.durable + 1, self.own + 1)) if entries else 0
 
 
 class Ledger:

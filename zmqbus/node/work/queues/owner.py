@@ -235,8 +235,9 @@ class Owner:
             try:
                 topic, value, headers = letter(dead)
                 self._as_queue(self._outlet.publisher(topic, internal=True)).send_without_wait(value, headers)
-            except ZmqbusError as error:  # it cannot be decoded, or the node is closing
+            except ZmqbusError as error:  # the node may be closing: the message remains
                 self._host.warn(f"{dead.work.line[1]}: no dead letter could be kept ({error}): {dead.reason}")
+                continue
             dispatcher.buried(dead)
         queues: dict[str, Queue] = {}
         for work in dispatcher.finished:
