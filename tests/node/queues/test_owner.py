@@ -204,3 +204,18 @@ def test_a_batch_that_cannot_be_cut_keeps_back_nothing_else(node: zmqbus.Node) -
     with worker_of(node) as worker:
         worker.join("jobs.a", credit=4)
         assert [job.value for job in worker.take(3)] == [0, 1, 2]
+
+
+def test_what_a_group_gives_up_is_a_dead_letter_as_well(node: zmqbus.Node) -> None:
+    with worker_of(node) as worker:
+        worker.join("logs.>", group="indexers", credit=10)
+        worker.join("$dead.>", credit=10, number=2)
+        eventually(lambda: len(node._engine.jobs._desk.workers) == 2)
+        node.publish("logs.a", "bad")
+        worker.fail(*worker.take(1), how="reject", reason="malformed")
+        (dead,) = worker.take(1)
+        assert (dead.topic, dead.value) == ("$dead.logs.a", "bad")
+        assert dead.headers is not None
+        assert dead.headers["$group"].startswith("indexers")
+        worker.done(dead, number=2)
+        assert left(node) == 0

@@ -15,6 +15,7 @@ import pytest
 import zmqbus
 from tests.node.conftest import eventually, wait_for
 from tests.node.queues.scripted import ScriptedOwner, owning
+from zmqbus.node.peers.links import Link
 from zmqbus.node.work.queues import workers
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import END
@@ -267,6 +268,7 @@ def test_an_idle_worker_says_at_once_what_it_has_done(
     thread.join()
 
     for timeout in (0.0, 30.0):  # looks, or waits, with something in hand, and something to say
+        worker.flush(10)
         before = len(owner.done)
         owner.give(4, 5)
         take(worker, 1)[0].ack()
@@ -312,6 +314,25 @@ def test_flush_waits_for_the_owner(node: zmqbus.Node, owner: ScriptedOwner) -> N
     identity, request, join = owner.joins[-1]
     for _ in owner.of(commands.Done):
         owner.answer(identity, commands.Settled(join.id), request)
+    worker.flush(10)
+
+
+def test_what_cannot_be_said_is_said_later(
+    node: zmqbus.Node, owner: ScriptedOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = pull(node, owner, credit=100)
+    owner.give(*range(3))
+    jobs = take(worker, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(Link, "say", lambda self, body, number: False)
+        jobs[0].ack()
+        jobs[1].nack()
+        with pytest.raises(zmqbus.NotSettled):
+            worker.flush(0.1)
+    owner.wait_for(lambda: owner.done == [(1, 1, 1)])
+    owner.wait_for(lambda: owner.credit == 102)
+    assert [fail.jobs for fail in owner.of(commands.Fail)] == [[(1, 2, 2)]]
+    jobs[2].ack()
     worker.flush(10)
 
 
@@ -534,6 +555,7 @@ def test_an_owner_that_is_new_is_asked_for_more_as_well(bus: str, owner: Scripte
         assert count < 100
         new.give(*range(count))
         jobs = take(worker, count)
+        time.sleep(0.1)  # it is not because it was quick
         assert worker.get(0) is None
         new.wait_for(lambda: new.credit >= 1000)
         for job in jobs:
@@ -662,30 +684,44 @@ def test_what_is_not_finished_in_time_has_failed(node: zmqbus.Node, owner: Scrip
     assert worker.refused == 1
 
 
-def test_what_was_acknowledged_just_before_the_end_is_not_failed(node: zmqbus.Node, owner: ScriptedOwner) -> None:
+def test_what_is_acknowledged_but_not_yet_said_is_not_failed(
+    node: zmqbus.Node, owner: ScriptedOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = pull(node, owner)
+    owner.give(1, 2, 3)
+    jobs = take(worker, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(worker._hand, "hasten", lambda: None)
+        jobs[1].ack()
+        worker._hand.give_up("the end")
+    assert [job[1:] for _, _, job in worker._hand.failures] == [(1, 1), (3, 3)]
+    worker.flush(10)
+    assert covered(owner.done) == [2]
+
+
+def test_what_is_acknowledged_while_a_worker_ends(node: zmqbus.Node, owner: ScriptedOwner) -> None:
     worker = pull(node, owner, credit=100)
     owner.give(*range(40))
     jobs = take(worker, 40)
-    acknowledged = 0
 
     def work() -> None:
-        nonlocal acknowledged
         for job in jobs:
             time.sleep(0.005)
             job.ack()
-            acknowledged += 1
 
     thread = threading.Thread(target=work)
     thread.start()
     worker.close(0.1)
-    refused = worker.refused
-    owner.wait_for(lambda: owner.of(commands.Leave))
     thread.join()
-    failed = covered([job for fail in owner.of(commands.Fail) for job in fail.jobs])
+    owner.wait_for(lambda: owner.of(commands.Leave))
+    failed = set(covered([job for fail in owner.of(commands.Fail) for job in fail.jobs]))
+    done = set(covered(owner.done))
     assert failed
-    assert sorted(failed + covered(owner.done)) == list(range(1, 41)), "each is one or the other"
-    eventually(lambda: worker.refused == len(failed))
-    assert refused == 0
+    assert failed | done == set(range(1, 41))
+    eventually(
+        lambda: worker.refused == len(failed - done)
+    )  # of the others the owner, in time, says that they are late
+    assert len(failed & done) <= 2
 
 
 def test_a_job_left_in_hand_leaves_a_node_the_time_to_say_goodbye(bus: str, owner: ScriptedOwner) -> None:
@@ -696,7 +732,7 @@ def test_a_job_left_in_hand_leaves_a_node_the_time_to_say_goodbye(bus: str, owne
         job = take(worker, 1)[0]
         began = time.monotonic()
         assert node.close(1.0) == []
-        assert 0.4 < time.monotonic() - began < 0.9
+        assert 0.3 < time.monotonic() - began < 0.9
         assert not job.settled
 
 
