@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -231,6 +233,35 @@ def test_who_is_gone_loses_what_it_had(forwarder: Running, node: Node, bus: str)
         (job,) = other.take(1)
         assert job.attempt == 2
         other.done(job)
+
+
+WORKER = """
+import sys, zmqbus
+with zmqbus.Node("worker", bus=sys.argv[1]) as node, node.pull("jobs.a", credit=2, lease=600) as worker:
+    print(worker.get(30).value, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_worker_had_goes_to_another_at_once(forwarder: Running, node: Node, bus: str) -> None:
+    first(node, "jobs.a")
+    push(node, "jobs.a", "second")
+    with (
+        worker_of(forwarder) as other,
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, bus], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "first\n"
+        other.join("jobs.a", credit=10)
+        assert other.gets_nothing()
+        process.kill()
+        start = time.monotonic()
+        jobs = other.take(2)
+        assert time.monotonic() < start + 4, "its lease runs for ten minutes, and its silence would tell after 5 s"
+        assert [(job.value, job.attempt) for job in jobs] == [("first", 2), ("second", 2)]
+        assert other.done(*jobs).refused == []
 
 
 def test_nobody_speaks_for_another_worker(forwarder: Running, node: Node) -> None:

@@ -50,7 +50,7 @@ class Queues:
         warn: Callable[[str], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        """`reading`: the thread that reads the log."""
+        """`reading`: the thread that reads the log; `claims`: without those for the sake of dead letters."""
         self.on_forgotten: Callable[[], None] = lambda: None
         """Told when some queue is no more: the next message of it has to be announced anew."""
         self._journal = journal
@@ -60,7 +60,7 @@ class Queues:
         self._reading = reading
         self._warn = warn
         self._on_failure = on_failure
-        self._rivals = Rivals(journal.number, claims)
+        self._rivals = Rivals(journal.number, [*claims, *dead_claims(claims)])
         self._funeral: Funeral | None = None  # of those that died by what a worker is saying
         self._tasks: set[asyncio.Task[None]] = set()
         self._founding: dict[str, asyncio.Task[None]] = {}
