@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
 STEP = 0.18  # seconds between two deeds of the director, on average
@@ -90,9 +91,9 @@ class Life:
 class Role:
     """One place in the world, and the process that fills it now."""
 
-    def __init__(self, name: str, kind: str, weight: float, work: Callable[[Life], None], delay: float = 0.0) -> None:
+    def __init__(self, name: str, kind: str, weight: float, work: Callable[[Any], None], delay: float = 0.0) -> None:
         """`weight`: how often it is its turn, compared to others. `delay`: seconds, from the beginning of the world to
-        that of its first life."""
+        that of its first life. `work` is given the life."""
         self.name, self.kind, self.weight, self.work, self.delay = name, kind, weight, work, delay
         self.lives = 0
         self.pid = 0

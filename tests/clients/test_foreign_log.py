@@ -161,7 +161,7 @@ def publisher(tmp_path: Path) -> Iterator[tuple[Publisher, Running]]:
 def test_what_it_publishes_is_journaled_and_acknowledged(publisher: tuple[Publisher, Running]) -> None:
     foreign, forwarder = publisher
     eventually(lambda: foreign.acked() == 3)  # from its history, as far as that goes
-    assert (foreign.hellos[0]["role"], foreign.hellos[0]["claims"]) == ("forwarder", ["t.>"])
+    assert (foreign.hellos[0]["role"], foreign.hellos[0]["claims"]) == ("forwarder", ["t.>", "$dead.t.>"])
     foreign.publish(frame(4, msgpack.packb(["new"])))
     foreign.publish(frame(5, kind=HEAD, count=0, flags=ASKS))
     eventually(lambda: foreign.acked() == 4)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.lan.agents import Agents, wait_until
+from tests.node.conftest import eventually
 from zmqbus import AsyncNode, AuthError, BusKey, Node, PeerLeft, Warned
 from zmqbus.net import zap
 from zmqbus.node import engine, events
@@ -172,7 +173,8 @@ def test_the_first_message_does_not_wait_for_its_stream_to_fall_idle(bus: str, m
         monkeypatch.setattr(engine, "IDLE_PERIOD", 60.0)  # no HEAD by itself
         monkeypatch.setattr(tracking, "SOFT_DELAY", 60.0)  # and HEADS are not believed at once
         with Node("newcomer", bus=bus) as newcomer:
-            newcomer.wait_for_subscribers("hello", 1, 10)
+            interests = newcomer._engine.peering.registry._interests  # registered: it counts only when it is connected
+            eventually(lambda: any(one.subscriptions for origin, one in interests.items() if origin != newcomer.origin))
             newcomer.publish("hello", "world")
             began_at = time.monotonic()
             message = subscription.get(10)

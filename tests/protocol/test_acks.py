@@ -537,3 +537,43 @@ def test_what_is_claimed_and_not_acknowledged_is_there(seed: int, history: int) 
         if of in out.streams:
             out.ack(A, (of, out.sent[of]))
     assert out.history.pinned_bytes == 0
+
+
+# --- queues that were handed over ------------------------------------------------------------------
+
+
+def test_what_a_publisher_gives_out_itself_is_durable_when_it_is_done() -> None:
+    """Acknowledgements of what follows it say nothing of it, and do not wait for it either."""
+    out = Publisher()
+    out.publish("q", 6)
+    account = out.account("q")
+    out.ledger.settled(account, 0)
+    early = [out.wait("q", seq) for seq in (1, 2, 3)]
+    later = [out.wait("q", seq) for seq in (4, 6)]
+    out.claim(A, "q")
+    out.ledger.handed(account, 3)
+    out.ack(A, ("q", 5))
+    assert [waiting.told for waiting in (*early, *later)] == [[], [], [], [None], []]
+    assert out.wait("q", 2).told == []
+    out.ledger.settled(account, 2)
+    assert [waiting.told for waiting in (*early, *later)] == [[None], [None], [], [None], []]
+    out.ack(A, ("q", 6))
+    assert [waiting.told for waiting in (early[2], later[1])] == [[], [None]]
+    out.ledger.settled(account, 3)
+    assert early[2].told == [None]
+    assert out.wait("q", 3).told == [None]
+
+
+def test_a_full_journal_is_no_reason_not_to_wait_for_what_the_publisher_gives_out() -> None:
+    out = Publisher()
+    out.publish("q", 6)
+    account = out.account("q")
+    out.ledger.settled(account, 0)
+    out.claim(A, "q")
+    out.ledger.handed(account, 3)
+    early, later = out.wait("q", 2), out.wait("q", 5)
+    out.ack(A, full=True)
+    assert (early.told, len(later.told)) == ([], 1)
+    assert out.wait("q", 1).told == []
+    out.ledger.settled(account, 3)
+    assert early.told == [None]

@@ -38,7 +38,7 @@ from tests.chaos.director import FINALE, PR_SET_PDEATHSIG, Director, Ended, Role
 from tests.chaos.verdict import Report
 from tests.queues.history import Continued, Handled, Killed, Letter, Message, Pushed, Recorder, Stopped, load, parse
 from tests.queues.history_checker import check
-from tests.queues.roles import DEAD, FINISHING, OVER, SETTLING, QueueLife, World, forward, produce, work
+from tests.queues.roles import DEAD, EVERYTHING, FINISHING, OVER, SETTLING, QueueLife, World, forward, produce, work
 
 WORKERS = 4
 
@@ -68,7 +68,8 @@ class Chaos(Director):
         for number in range(3):
             kind = "outbox" if has_forwarder and number == 2 else "producer"
             roles.append(Role(f"{kind}-{number}", kind, 0.1, partial(produce, outbox=kind == "outbox")))
-        roles += [Role(f"worker-{number}", "worker", 0.1, work) for number in range(WORKERS)]
+        roles.append(Role("worker-0", "worker", 0.1, partial(work, pattern=EVERYTHING)))
+        roles += [Role(f"worker-{number}", "worker", 0.1, work) for number in range(1, WORKERS)]
         roles.append(Role("undertaker", "worker", 0.02, partial(work, pattern=DEAD)))
         super().__init__(seed, folder, roles)
         self.world = World(folder, f"queues-{secrets.token_hex(6)}", seed, self.stage, has_forwarder)

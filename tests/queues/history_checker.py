@@ -26,8 +26,8 @@ What is a violation, and what it is called:
   silent nodes are waited for, or noticed that the other was gone (which may have been written down late). There is no
   cause for which two places give out the same message.
 - **redelivered**: a message was given after its ack was confirmed: by the owner that confirmed it, in a later delivery
-  than the confirmed one, or by a later life of its place. Or in the same way after its dead letter was given (by a
-  later life, if the earlier one had time to write that down).
+  than the confirmed one, or by a later life of its place. Or in the same way after its dead letter was given by the
+  owner that had written it (by a later life, if that one had time to write down that the message is dead).
 - **attempts**: of one owner's deliveries of a message, a later one has a lower attempt; or a later life of a forwarder
   gave it with a lower one than an earlier life that had time to write it down. Or a message had more than five.
 - **buried**: there is a dead letter of a message that no worker rejected, and that had not been tried five times.
@@ -341,6 +341,8 @@ class _Judge:
                 if self.is_later(delivery, end):
                     self.found(Kind.REDELIVERED, f"{delivery}; it was confirmed as done: {end}")
         for _, end in self.letters.get(message, ()):
+            if end.event.origin != end.event.owner:  # written by an earlier life, which may have come no further
+                continue
             for delivery in deliveries:
                 if self.is_later(delivery, end) and (delivery.event.owner == end.event.owner or self.was_written(end)):
                     self.found(Kind.REDELIVERED, f"{delivery}; it was dead: {end}")

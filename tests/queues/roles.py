@@ -49,8 +49,8 @@ from zmqbus.node.work.queues.job import Job as Task
 
 PLAYING, SETTLING, FINISHING, OVER = range(4)  # producers end in the second, workers in the third, forwarders at last
 QUEUES = ("jobs.a", "jobs.b", "mail")
-PATTERNS = ("jobs.>", "jobs.a", "mail", ">")
-DEAD = "$dead.>"
+EVERYTHING, DEAD = ">", "$dead.>"
+PATTERNS = ("jobs.>", "jobs.a", "mail", EVERYTHING)
 SEGMENT_BYTES = 1 << 20  # of journals, so that segments change while processes are killed
 PACE = 0.06  # seconds at most between two actions of a producer
 LEASES = (0.4, 1.0, 600.0, 600.0)
@@ -417,17 +417,19 @@ class Habits:
         rng = self.rng = life.rng
         self.life = life
         self.pattern = pattern or rng.choice(PATTERNS)
-        self.lease = rng.choice(LEASES) if pattern is None else 600.0
+        self.lease = rng.choice(LEASES) if pattern != DEAD else 600.0
         self.credit = rng.choice(CREDITS)
         self.speed = rng.choice(SPEEDS)
         self.hoards = rng.random() < 0.3  # keeps several in hand, and settles them together, in another order
-        self.fails = rng.choice((0.0, 0.02, 0.1)) if pattern is None else 0.0
+        self.fails = rng.choice((0.0, 0.02, 0.1)) if pattern != DEAD else 0.0
         self.most = rng.choice((3, 50, 500, 5000))
         self.hoard: deque[tuple[Task, Job]] = deque()
 
     def pause(self) -> float:
         """How long it takes, or for how long it does nothing at all."""
-        if self.life.is_pushing and self.lease < 10 and self.rng.random() < 0.005:
+        if not self.life.is_pushing:
+            return 0.0
+        if self.lease < 10 and self.rng.random() < 0.005:
             return 1.5 * self.lease
         return self.rng.uniform(0, self.speed)
 
@@ -474,7 +476,7 @@ class Habits:
 
 
 def work(life: QueueLife, pattern: str | None = None) -> None:
-    """Work, in several sessions, until told to stop. `pattern`: of what; else of various."""
+    """Work, in several sessions, until told to stop. `pattern`: what to pull; else one or another."""
     while life.is_working:
         life.rng.choice((_work, _work, _work_together, _work_async))(life, pattern)
 
@@ -519,7 +521,7 @@ def _work_together(life: QueueLife, pattern: str | None) -> None:
             task = worker.get(0.1)
             if task is not None:
                 job = diary.given(task)
-                time.sleep(rng.uniform(0, habits.speed))
+                time.sleep(rng.uniform(0, habits.speed) if life.is_pushing else 0.0)
                 if life.is_pushing and rng.random() < habits.fails:
                     diary.failing(job, "nack")
                     task.nack(delay=0)

@@ -525,6 +525,20 @@ def test_a_forwarder_has_a_moment_to_write_down_that_it_is_dead(killed: float, s
     assert verdict(lines) == said
 
 
+@pytest.mark.parametrize(("writer", "said"), [(8, {"redelivered"}), (7, set())])
+def test_a_letter_of_an_earlier_life_says_nothing_of_this_one(writer: int, said: set[str]) -> None:
+    """That life may have been killed between the letter and the note that it is written."""
+    lines = [
+        at(0, Pushing("jobs", 1, 1, 1)),
+        at(0, Joining(FIRST, 600.0)),
+        at(1, Given(FIRST, 8, 3, 1, "$dead.jobs", writer, 1)),
+        at(1, Letter(Job(8, 3, "$dead.jobs", writer, 1), "jobs", 1, 1, 5, "not done")),
+        at(2, Given(FIRST, 8, 4, 5, "jobs", 1, 1)),
+        at(2, Handled(FIRST, [Job(8, 4, "jobs", 1, 1)])),
+    ]
+    assert verdict(lines) == said
+
+
 @pytest.mark.parametrize(
     "events",
     [

@@ -222,7 +222,7 @@ class Engine:
         if hasattr(self, "jobs"):
             self.jobs.close()
         if self._inbox is not None:
-            self._inbox.close()
+            self._inbox.close(LINGER_MS)
         if hasattr(self, "outlet"):
             self.outlet.close(LINGER_MS)
         if self._outbox is not None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -16,7 +19,7 @@ from tests.forwarder.forwarders import Running, running, stored
 from tests.forwarder.queues.conftest import committed, figures, places, worker_of
 from tests.node.conftest import drain, eventually, known_to, on_loop
 from zmqbus import Node
-from zmqbus.forwarder.queues import stock
+from zmqbus.forwarder.queues import loading, stock
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import END
 
@@ -232,6 +235,35 @@ def test_who_is_gone_loses_what_it_had(forwarder: Running, node: Node, bus: str)
         other.done(job)
 
 
+WORKER = """
+import sys, zmqbus
+with zmqbus.Node("worker", bus=sys.argv[1]) as node, node.pull("jobs.a", credit=2, lease=600) as worker:
+    print(worker.get(30).value, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_worker_had_goes_to_another_at_once(forwarder: Running, node: Node, bus: str) -> None:
+    first(node, "jobs.a")
+    push(node, "jobs.a", "second")
+    with (
+        worker_of(forwarder) as other,
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, bus], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "first\n"
+        other.join("jobs.a", credit=10)
+        assert other.gets_nothing()
+        process.kill()
+        start = time.monotonic()
+        jobs = other.take(2)
+        assert time.monotonic() < start + 4, "its lease runs for ten minutes, and its silence would tell after 5 s"
+        assert [(job.value, job.attempt) for job in jobs] == [("first", 2), ("second", 2)]
+        assert other.done(*jobs).refused == []
+
+
 def test_nobody_speaks_for_another_worker(forwarder: Running, node: Node) -> None:
     first(node, "jobs.a")
     with worker_of(forwarder) as worker, worker_of(forwarder) as thief:
@@ -274,7 +306,7 @@ def test_whatever_is_done_in_whatever_order_each_job_is_given_out_once(
     seed = int(os.environ.get("ZMQBUS_SEED") or secrets.randbits(16))
     print(f"ZMQBUS_SEED={seed}")
     rng = Random(seed)
-    monkeypatch.setattr(stock, "WORKS_MAX", 20)  # so that it has to be read in many pieces
+    monkeypatch.setattr(stock, "SCATTER_BYTES_MAX", 100)  # so that it has to be read in many pieces
     monkeypatch.setattr(stock, "MESSAGES_MAX", 500)
     first(node, "jobs.a", -1)
     for start in range(0, 3000, 100):
@@ -325,6 +357,33 @@ def test_a_worker_with_large_jobs_in_hand_does_not_starve_others(
         assert len(one.take(6)) == 6
         two.join("jobs.a", credit=4)
         assert len(two.take(4)) == 4
+
+
+def test_more_jobs_wait_for_their_time_than_may_be_loaded(
+    forwarder: Running, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then what is behind them waits, and that is said."""
+    monkeypatch.setattr(stock, "SCATTER_BYTES_MAX", 100)
+    monkeypatch.setattr(loading, "PIECE_BYTES", 1)
+    events = forwarder.forwarder.events()
+    first(node, "jobs.a")
+    for _ in range(100):
+        node.push("jobs.a", "later", delay=4, durable=True, timeout=SOON)
+    push(node, "jobs.a", "behind")
+    with worker_of(forwarder) as worker:
+        worker.join("jobs.a", credit=1000)
+        worker.done(*worker.take(1))
+        eventually(lambda: any("wait for their time" in str(event) for event in events._events))
+        assert worker.gets_nothing(100)
+        assert 10 < figures(forwarder, "jobs.a").delayed < 100
+        got: Counter[object] = Counter()
+        while got.total() < 101:
+            jobs = worker.take(1) + worker.jobs
+            worker.jobs = []
+            worker.done(*jobs)
+            got.update(job.value for job in jobs)
+        assert got == {"later": 100, "behind": 1}
+    assert sum("wait for their time" in str(event) for event in events._events) == 1
 
 
 # --- the journal ---------------------------------------------------------------------------------

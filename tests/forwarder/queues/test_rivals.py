@@ -135,12 +135,18 @@ def test_one_gives_out_and_the_other_takes_over_when_it_is_gone(tmp_path: Path, 
                     assert two.gets_nothing()
                     one.done(*worker_jobs[:3])
                     assert figures(other, "jobs.a").waiting == 6
+                    one.fail(worker_jobs[3], how="reject")
+                    for worker in (one, two):
+                        worker.join("$dead.>", credit=1, number=2)
+                    assert [job.value for job in one.take(1)] == [2]
+                    eventually(lambda: figures(other, "$dead.jobs.a").waiting == 1)
+                    assert two.gets_nothing()
                     told = [event for event in events._events if "gives out" in str(event)]
                     ours.close()
-                    jobs = two.take(6)  # what the first has done as well: nobody has told this one
-                    assert [job.value for job in jobs] == ["first", *range(5)]
-                    two.done(*jobs)
-                    assert len(told) == 2, "once for the queue, and once for the group"
+                    jobs = two.take(7)  # what the first has done as well: nobody has told this one
+                    assert [job.value for job in jobs if job.topic == "jobs.a"] == ["first", *range(5)]
+                    assert [job.value for job in jobs if job.topic == "$dead.jobs.a"] == [2]
+                    assert len(told) == 3, "once for each queue and the group"
             finally:
                 ours.close()
         finally:

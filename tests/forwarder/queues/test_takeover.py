@@ -8,6 +8,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import zmqbus
 
 
@@ -89,5 +91,51 @@ def test_a_forwarder_that_is_away_is_waited_for(bus: str, tmp_path: Path) -> Non
                         job.ack()
                     assert values == {1, 2}
                     await worker.flush(20)
+
+    run(main())
+
+
+def test_what_the_producer_gives_out_itself_is_not_durable_before_it_is_done(bus: str, tmp_path: Path) -> None:
+    """A forwarder acknowledges what follows it. Neither a durable push nor a flush takes that for its own."""
+
+    async def main() -> None:
+        async with zmqbus.AsyncNode("producer", bus=bus, discovery="static") as producer:
+            seed = [producer.endpoints["inbox"]]
+            async with (
+                zmqbus.AsyncNode("worker", bus=bus, discovery="static", peers=seed) as node,
+                node.pull("jobs.a", credit=1) as worker,
+            ):
+                first = asyncio.create_task(producer.push("jobs.a", 1, durable=True, timeout=60))
+                job = await next_job(worker)
+                async with zmqbus.Forwarder(tmp_path / "journal", bus=bus, discovery="static", peers=seed):
+                    assert await producer.push("jobs.a", 2, durable=True, timeout=20) == 2
+                    assert not first.done()
+                    with pytest.raises(zmqbus.NotDurable) as caught:
+                        await producer.flush(0.2)
+                    assert caught.value.unacked == 1
+                    job.ack()
+                    assert await asyncio.wait_for(first, 20) == 1
+                    await producer.flush(20)
+                    (await next_job(worker)).ack()
+                    await worker.flush(20)
+
+    run(main())
+
+
+def test_nothing_is_owed_to_a_forwarder_of_what_was_done_before_it_came(bus: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        producer = await zmqbus.AsyncNode("producer", bus=bus, discovery="static").open()
+        seed = [producer.endpoints["inbox"]]
+        async with (
+            zmqbus.AsyncNode("worker", bus=bus, discovery="static", peers=seed) as node,
+            node.pull("jobs.a", credit=1) as worker,
+        ):
+            await producer.push("jobs.a", 1)
+            (await next_job(worker)).ack()
+            await worker.flush(20)
+            async with zmqbus.Forwarder(tmp_path / "journal", bus=bus, discovery="static", peers=seed):
+                await until(lambda: producer._engine.jobs._queues["jobs.a"].handed)
+                await producer.flush(20)
+                assert await producer.close(20) == []
 
     run(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -204,3 +205,32 @@ def test_a_batch_that_cannot_be_cut_keeps_back_nothing_else(node: zmqbus.Node) -
     with worker_of(node) as worker:
         worker.join("jobs.a", credit=4)
         assert [job.value for job in worker.take(3)] == [0, 1, 2]
+
+
+def test_what_a_group_gives_up_is_a_dead_letter_as_well(node: zmqbus.Node) -> None:
+    with worker_of(node) as worker:
+        worker.join("logs.>", group="indexers", credit=10)
+        worker.join("$dead.>", credit=10, number=2)
+        eventually(lambda: len(node._engine.jobs._desk.workers) == 2)
+        node.publish("logs.a", "bad")
+        worker.fail(*worker.take(1), how="reject", reason="malformed")
+        (dead,) = worker.take(1)
+        assert (dead.topic, dead.value) == ("$dead.logs.a", "bad")
+        assert dead.headers is not None
+        assert dead.headers["$group"].startswith("indexers")
+        worker.done(dead, number=2)
+        assert left(node) == 0
+
+
+def test_a_job_that_dies_while_its_node_closes_remains(bus: str) -> None:
+    """There can be no letter any more, so it is not as good as done."""
+    node = zmqbus.Node("owner", bus=bus, discovery="static")
+    node.push_many("jobs.a", range(2))
+    with worker_of(node) as worker, ThreadPoolExecutor(1) as thread:
+        worker.join("jobs.a", credit=2)
+        first, second = worker.take(2)
+        closing = thread.submit(node.close, 1.0)
+        eventually(lambda: node._engine.refusal is not None)
+        worker.fail(first, how="reject")
+        worker.done(second)
+        assert closing.result(20) == [zmqbus.Undelivered("queue jobs.a", 0, 1)]

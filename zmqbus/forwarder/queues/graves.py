@@ -15,7 +15,7 @@ from zmqbus.errors import MessageTooLarge, RemoteProtocolError, TopicError, Zmqb
 from zmqbus.journal import Journal
 from zmqbus.node.publishing.outlet import Outlet
 from zmqbus.protocol.frames import QUEUED
-from zmqbus.protocol.queues.letters import DEAD_PREFIX, GROUP, headers_of, letter
+from zmqbus.protocol.queues.letters import DEAD_PREFIX, headers_of, letter
 from zmqbus.protocol.queues.work import Dead
 from zmqbus.protocol.topics import Matcher, check_pattern
 
@@ -119,6 +119,4 @@ def _letter(dead: Dead) -> tuple[str, Any, dict[str, Any]]:
         frame, *external = dead.work.batch.parts
         whole = external[0] if external else bytes(frame[len(dead.work.batch.topic) + 1 :])
         topic, value = DEAD_PREFIX + dead.work.line[1], whole if dead.seq == dead.work.batch.first else None
-    if dead.work.line[0] is not None:
-        headers[GROUP] = dead.work.line[0].partition(" ")[0]
     return topic, value, headers

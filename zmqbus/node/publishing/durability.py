@@ -100,6 +100,9 @@ def watch_all(out: Accounts, tally: Tally) -> None:
                 publisher.ask()
                 tally.left += 1
                 out.ledger.wait(account, publisher.sent, tally)
+            if account.claimants and account.settled < account.own:
+                tally.left += 1
+                out.ledger.wait(account, account.own, tally)
         tally.done(None)
 
 
@@ -133,7 +136,9 @@ def failure(out: Accounts, tally: Tally, publisher: Publisher, seq: int, timeout
 def failure_of_all(out: Accounts, tally: Tally, timeout: float) -> NotDurable:
     """The same for all that was published."""
     forget(out, tally)
-    return NotDurable(unacked(out), tally.problem or f"no acknowledgement within {timeout:g} s")
+    with out.lock:
+        own = sum(max(0, account.own - account.settled) for account in out.ledger.accounts.values())
+    return NotDurable(unacked(out) + own, tally.problem or f"no acknowledgement within {timeout:g} s")
 
 
 # --- for threads ---------------------------------------------------------------------------------

@@ -50,10 +50,12 @@ def letter(dead: Dead) -> tuple[str, Any, dict[str, Any]]:
 
 def headers_of(dead: Dead) -> dict[str, Any]:
     """What a dead letter says of why it is one."""
+    group, topic = dead.work.line
     return {
         REASON: dead.reason,
         ATTEMPTS: dead.attempts,
         ORIGIN: dead.work.batch.origin,
         SEQ: dead.seq,
-        QUEUE: dead.work.line[1],
+        QUEUE: topic,
+        **({} if group is None else {GROUP: group.partition(" ")[0]}),
     }

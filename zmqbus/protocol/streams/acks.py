@@ -7,7 +7,8 @@ Sans-IO; callers hold the publishers' lock. The rules:
    is full.
 2. An acknowledgement is cumulative: everything of the stream up to that seq is on that journal's disk, for ever.
 3. A message is durable when as many journals as are wanted have acknowledged it. Any one may, whether or not it claims
-   the topic at the moment.
+   the topic at the moment. What the publisher of a queue gives out itself, though, it did not hand to any journal: for
+   who waits for that, it is durable when it is done, and not when what follows it is acknowledged.
 4. A waiter is told once: when its message is durable, or that it cannot be for now: the journals that claim the stream
    have no room, or it needed one that claims the stream no more.
 """
@@ -35,7 +36,7 @@ class Waiter(Protocol):
 class Account:
     """One stream's acknowledgements."""
 
-    __slots__ = ("claimants", "durable", "heads", "holds", "settled", "shelf", "topic", "waiting")
+    __slots__ = ("claimants", "durable", "heads", "holds", "own", "settled", "shelf", "topic", "waiting")
 
     def __init__(self, topic: str, shelf: Shelf) -> None:
         self.topic = topic
@@ -45,6 +46,8 @@ class Account:
         self.holds = 0  # who is about to wait for a message: until it is durable it must not be lost
         self.settled = -1
         """Of a queue: everything up to this seq was done by workers. Else -1."""
+        self.own = -1
+        """Of a queue handed to a forwarder: what its publisher gives out itself ends with this seq. Else -1."""
         self.durable = 0
         """Everything up to this seq is on as many disks as are wanted."""
         self.waiting: list[tuple[int, int, Waiter]] = []  # a heap by seq
@@ -52,9 +55,9 @@ class Account:
     @property
     def unacked(self) -> int:
         """Messages that are kept for somebody to acknowledge. What had left the history before anybody claimed it will
-        never be, and so nobody is to wait for it."""
+        never be, nor what is the publisher's own, and so nobody is to wait for it."""
         entries = self.shelf.entries
-        return max(0, entries[-1][1] - max(entries[0][0], self.durable + 1)) if entries else 0
+        return max(0, entries[-1][1] - max(entries[0][0], self.durable + 1, self.own + 1)) if entries else 0
 
 
 class Ledger:
@@ -104,8 +107,7 @@ class Ledger:
             if durable > account.durable:
                 account.durable = durable
                 self._keep(account)
-                while account.waiting and account.waiting[0][0] <= durable:
-                    heappop(account.waiting)[2].done(None)
+                self._tell(account)
             if self._full and self.acks > 1:
                 self._refuse(account)  # it may be for the full ones alone now
         if not full:
@@ -139,6 +141,13 @@ class Ledger:
         """It is a queue: what is neither done nor acknowledged is kept, and up to this seq it is done."""
         account.settled = seq
         self._keep(account)
+        if account.own >= 0:
+            self._tell(account)
+
+    def handed(self, account: Account, own: int) -> None:
+        """It is a queue, and forwarders are given it from behind this seq on."""
+        account.own = own
+        self._tell(account)
 
     def suffices(self, account: Account) -> bool:
         """Whether as many journals as are wanted claim the stream."""
@@ -146,7 +155,7 @@ class Ledger:
 
     def wait(self, account: Account, seq: int, waiter: Waiter) -> None:
         """Tell `waiter` when the message is durable; perhaps at once. While nobody claims the stream, somebody may."""
-        if seq <= account.durable:
+        if _is_durable(account, seq):
             waiter.done(None)
         elif self._full and self._lacks_room(account, seq):
             waiter.done(NO_ROOM)
@@ -166,6 +175,18 @@ class Ledger:
         wanted = account.claimants or account.holds or account.settled >= 0
         self._history.release(account.shelf, max(account.durable, account.settled) + 1 if wanted else NOTHING)
 
+    def _tell(self, account: Account) -> None:
+        """Whoever waits for what is durable now."""
+        waiting = account.waiting
+        if account.settled < account.own:  # some that wait for less may have to wait for longer
+            account.waiting = sorted(entry for entry in waiting if not _is_durable(account, entry[0]))
+            for seq, _, waiter in waiting:
+                if _is_durable(account, seq):
+                    waiter.done(None)
+            return
+        while waiting and _is_durable(account, waiting[0][0]):
+            heappop(waiting)[2].done(None)
+
     def _common(self, account: Account) -> int:
         """The seq that as many journals as are wanted have reached."""
         heads = sorted(account.heads.values(), reverse=True)
@@ -173,6 +194,8 @@ class Ledger:
 
     def _lacks_room(self, account: Account, seq: int) -> bool:
         """Whether it is for the full journals among the claimants that this message cannot be durable."""
+        if seq <= account.own:
+            return False
         there = self._there(account, seq)
         return len(there | (account.claimants - self._full)) < self.acks <= len(there | account.claimants)
 
@@ -182,7 +205,7 @@ class Ledger:
 
     def _refuse(self, account: Account, unclaimed: bool = False) -> None:
         """Nobody needs to wait for what will not be."""
-        waiting, account.waiting = account.waiting, []
+        waiting, account.waiting = sorted(account.waiting), []
         for entry in waiting:  # in order, so that what is left is a heap
             seq, _, waiter = entry
             if unclaimed and len(self._there(account, seq) | account.claimants) < self.acks:
@@ -191,3 +214,7 @@ class Ledger:
                 waiter.done(NO_ROOM)
             else:
                 account.waiting.append(entry)
+
+
+def _is_durable(account: Account, seq: int) -> bool:
+    return seq <= (account.settled if seq <= account.own else account.durable)

@@ -230,18 +230,14 @@ class Owner:
     def _settle(self) -> None:
         """Something is done, or dead."""
         dispatcher = self._dispatcher
-        while dispatcher.dead:
-            dead = dispatcher.dead.pop()
-            if dead.work.line[0] is None:
+        dying, dispatcher.dead = dispatcher.dead, []
+        for dead in dying:
+            try:
                 topic, value, headers = letter(dead)
-                try:
-                    self._as_queue(self._outlet.publisher(topic, internal=True)).send_without_wait(value, headers)
-                except ZmqbusError as error:
-                    self._host.warn(f"{dead.work.line[1]}: no dead letter could be kept ({error}): {dead.reason}")
-            else:
-                self._host.warn(
-                    f"group {dead.work.line[0]}: {dead.work.line[1]} {dead.seq} was given up: {dead.reason}"
-                )
+                self._as_queue(self._outlet.publisher(topic, internal=True)).send_without_wait(value, headers)
+            except ZmqbusError as error:  # the node may be closing: the message remains
+                self._host.warn(f"{dead.work.line[1]}: no dead letter could be kept ({error}): {dead.reason}")
+                continue
             dispatcher.buried(dead)
         queues: dict[str, Queue] = {}
         for work in dispatcher.finished:
@@ -293,6 +289,9 @@ class Owner:
             queue.works.pop()
         queue.handed = True
         self._advance(queue)
+        with self._outlet.lock:
+            ledger, publisher = self._outlet.ledger, queue.publisher
+            ledger.handed(ledger.account(publisher.topic, publisher.shelf), queue.end - 1)
 
     def _take_back(self, queue: Queue) -> None:
         """No forwarder is to have it any more: what none has acknowledged is ours again."""
