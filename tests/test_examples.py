@@ -7,6 +7,7 @@ import re
 import secrets
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -153,3 +154,36 @@ def test_lines_are_collected_by_topic(start: Start, tmp_path: Path) -> None:
     assert code == 0
     assert re.fullmatch(r"\d+ repaired, 0 lost\n", err)
     assert len(list(folder.glob(f"logs.{mark}.many.*.log"))) == 300
+
+
+def test_workers_index_each_line_whoever_is_killed(start: Start, tmp_path: Path) -> None:
+    topic = f"logs.{secrets.token_hex(6)}"
+    database = sqlite3.connect(tmp_path / "index.db", timeout=60)
+    with zmqbus.Node("web") as node:
+        workers = [start("index_logs.py", tmp_path / "index.db") for _ in range(3)]
+        pids = {worker.pid for worker in workers}
+        until(lambda: pids <= {pid for pid, _ in joined(node)})
+
+        def indexed() -> int:
+            return int(database.execute("select count(*) from lines where topic = ?", [topic]).fetchone()[0])
+
+        for number in range(3000):
+            node.publish(topic, f"line {number}")
+            if number == 1000:
+                until(lambda: indexed() > 0)
+                workers[0].kill()
+        until(lambda: indexed() == 3000)
+        found = database.execute("select line from lines where topic = ? order by seq", [topic]).fetchall()
+        assert found == [(f"line {number}",) for number in range(3000)]
+        done = [interrupted(worker) for worker in workers[1:]]
+    database.close()
+    assert [code for code, _ in done] == [0, 0]
+    counts = [int(said.split()[0]) for _, said in done]
+    assert min(counts) > 0
+    assert 1990 <= sum(counts) <= 3000
+
+
+def joined(node: zmqbus.Node) -> set[tuple[int, int]]:
+    """Process and number of each worker that a node knows."""
+    pids = {peer.origin: peer.pid for peer in node.peers()}
+    return {(pids[origin], number) for origin, number in list(node._engine.jobs._desk.workers) if origin in pids}

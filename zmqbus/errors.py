@@ -315,13 +315,13 @@ class NotSettled(ZmqbusError):
 
 
 class BufferFull(ZmqbusError):
-    """What forwarders have not acknowledged fills the buffer, and no room was made in time. This message was not
-    published; all before it are kept. `waiting` is the buffer's content in bytes."""
+    """What forwarders have not acknowledged, and workers have not done, fills the buffer, and no room was made in time.
+    This message was not published; all before it are kept. `waiting` is the buffer's content in bytes."""
 
     def __init__(self, topic: str, waiting: int, timeout: float) -> None:
         super().__init__(
-            f"nothing published on {topic}: {waiting:,} bytes wait for a forwarder's acknowledgement, and within "
-            f"{timeout:g} s there was no room for more; is the forwarder running?"
+            f"nothing published on {topic}: {waiting:,} bytes wait for a forwarder's acknowledgement, or for workers, "
+            f"and within {timeout:g} s there was no room for more; are they running?"
         )
         self.topic = topic
         self.waiting = waiting

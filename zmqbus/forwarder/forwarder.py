@@ -12,7 +12,7 @@ from typing import Literal
 from zmqbus.errors import TopicError, ZmqbusError
 from zmqbus.forwarder.figures import NOTE_PERIOD, Pace, median_and_longest_ms
 from zmqbus.forwarder.inflow import Inflow
-from zmqbus.forwarder.queues import Queues
+from zmqbus.forwarder.queues import Queues, take_up
 from zmqbus.forwarder.queues.graves import dead_claims
 from zmqbus.forwarder.readings import Readings
 from zmqbus.journal import Commit, Journal, Retention
@@ -96,6 +96,12 @@ class Forwarder:
         self._store = journal = await asyncio.to_thread(
             Journal.open, self.path, now_ns=time_ns(), retention=self._retention
         )
+        try:
+            backlogs = take_up(journal)
+        except BaseException:
+            self._store = None
+            await asyncio.to_thread(journal.close, time_ns())
+            raise
         self.journal = journal.number
         self._pace = Pace(now())
         self._first = journal.durable_offset  # of what this run is given
@@ -112,7 +118,7 @@ class Forwarder:
         )
         self._queues.on_forgotten = self._inflow.distrust
         try:
-            self._queues.open()
+            self._queues.open(backlogs)
             await self._engine.open()
             self._engine.outlet.claimed(journal.number, dead_claims(self.topics))  # of what we publish ourselves
         except BaseException:
@@ -269,9 +275,11 @@ class Forwarder:
     # --- inside ------------------------------------------------------------------------------------
 
     def _committed(self, commit: Commit) -> None:
+        if commit.refused:
+            self._queues.refused()
         self._inflow.committed(commit)
         self._readings.grown()
-        self._queues.grown(commit)
+        self._queues.grown()
 
     def _turn_soon(self) -> None:
         self._loop.call_soon(self._engine.outlet.flush_all)

@@ -28,7 +28,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from ipaddress import IPv4Address
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import zmq
 
@@ -381,6 +381,21 @@ def plain_send(socket: Socket) -> Callable[[bytes, int], object]:
     """`socket.send(data, flags)` without pyzmq's look at options that only other socket types have: half its time."""
     send: Callable[[bytes, int], object] = super(zmq.Socket, socket).send
     return send
+
+
+def plain_recv(socket: Socket) -> Callable[[], list[bytes]]:
+    """`socket.recv_multipart(NOBLOCK)` in half the time: each part knows whether more follow, without a question."""
+    recv: Callable[[int, bool], Any] = super(zmq.Socket, socket).recv
+
+    def parts() -> list[bytes]:
+        part = recv(NOBLOCK, False)
+        taken = [part.bytes]
+        while part.more:
+            part = recv(NOBLOCK, False)
+            taken.append(part.bytes)
+        return taken
+
+    return parts
 
 
 # --- reading endpoints: they come from users and, by HELLO and mDNS, from peers ----------------

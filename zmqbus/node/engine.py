@@ -194,7 +194,7 @@ class Engine:
         try:
             while not outlet.push() and now() < deadline:
                 await asyncio.sleep(TICK)
-            await self.workers.leave(max(0.0, deadline - now()))
+            await self.workers.leave(max(0.0, deadline - now()) / 2)
             while (self.jobs.left or ((self._forwarders or self._outbox) and unacked(outlet))) and now() < deadline:
                 await asyncio.sleep(TICK)
             await self.requests.leave(max(0.0, deadline - now()))
@@ -222,7 +222,7 @@ class Engine:
         if hasattr(self, "jobs"):
             self.jobs.close()
         if self._inbox is not None:
-            self._inbox.close()
+            self._inbox.close(LINGER_MS)
         if hasattr(self, "outlet"):
             self.outlet.close(LINGER_MS)
         if self._outbox is not None:

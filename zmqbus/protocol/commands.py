@@ -323,7 +323,7 @@ class QueueFigures(msgspec.Struct, omit_defaults=True):
     group: Annotated[str, Meta(max_length=255)] = ""  # of published messages; "": pushed ones
     waiting: U64 = 0
     in_flight: U64 = 0
-    delayed: U64 = 0  # of those that wait: until some time
+    delayed: U64 = 0  # these wait as well, until some time
     redelivered: U64 = 0
     done: U64 = 0
     dead: U64 = 0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zmqbus.forwarder.queues.backlog import EVERYWHERE, MESSAGES_MAX, PATTERNS_BYTES_MAX, WORKS_MAX, Backlog
+from zmqbus.forwarder.queues.backlog import EVERYWHERE, MESSAGES_MAX, PATTERNS_BYTES_MAX, SCATTER_BYTES_MAX, Backlog
 from zmqbus.forwarder.queues.kept import (
     NAME_BYTES_MAX,
     Kept,
@@ -167,37 +165,49 @@ def test_after_any_crash_exactly_what_is_not_settled_is_to_be_done(
 # --- how large it gets ---------------------------------------------------------------------------
 
 
-def alternately(number: int) -> bool:
-    return number % 2 == 0
-
-
-@pytest.mark.parametrize(
-    ("works", "count", "apart", "tried"),
-    [
-        (WORKS_MAX + PIECE_WORKS, 1, 70_000, alternately),
-        (WORKS_MAX + PIECE_WORKS, (MESSAGES_MAX + PIECE_MESSAGES) // (WORKS_MAX + PIECE_WORKS), 70_000, alternately),
-        (2, MESSAGES_MAX, 1, alternately),
-        (1, MESSAGES_MAX + 1, 1, alternately),
-    ],
-)
-def test_however_it_is_scattered_a_cursor_can_hold_it(
-    works: int, count: int, apart: int, tried: Callable[[int], bool]
-) -> None:
+@pytest.mark.parametrize("apart", [1, 100, 10_000, 1_000_000])
+@pytest.mark.parametrize("count", [1, 2, 7, 128, 256, MESSAGES_MAX])
+def test_however_it_is_scattered_a_cursor_can_hold_it(count: int, apart: int) -> None:
+    """As much as may be loaded, and what a read may add to that; then all is tried in vain, and half of it done."""
     patterns = ["p" * (PATTERNS_BYTES_MAX // 16 - 1)] * 16
     backlog = Backlog(Kept("", "g" * 255, patterns, 2**63), 0)
-    for number in range(works):
-        (work,) = backlog.load(number * (count + apart), batch(count))
+    offset = more = 0
+    while more < min(PIECE_WORKS, PIECE_MESSAGES // count):
+        backlog.load(offset, batch(count))
+        offset += count + apart
+        more += backlog.scatter >= SCATTER_BYTES_MAX or backlog.messages >= MESSAGES_MAX
+    works = list(backlog.works.values())
+    for number, work in enumerate(works):
+        if count == 1 and number % 2:
+            backlog.settled(work)
         work.done = sum(1 << index for index in range(0, count, 2)) if count > 1 else 0
-        work.attempts = {index: 4 for index in range(1, count, 2) if tried(index // 2)}
-        if count == 1:
-            work.attempts = {0: 4} if tried(number) else {}
+        work.attempts = dict.fromkeys(range(1, count, 2), 4) if count > 1 else {0: 4}
     cursor = backlog.cursor(0)
     assert len(cursor.data) <= CURSOR_DATA_BYTES_MAX
     again = Backlog(decode(cursor.data), cursor.offset)
-    for number in range(works):
-        offset = number * (count + apart)
-        (work,) = again.load(offset, batch(count))
-        assert work.done == (backlog.works[offset].done if count <= MESSAGES_MAX else 0)
+    for work in works:
+        loaded = again.load(work.position, batch(count))
+        assert [one.done for one in loaded] == ([work.done] if work.position in backlog.works else [])
+
+
+def test_a_batch_that_is_too_large_to_be_noted_in_part_is_done_as_a_whole() -> None:
+    backlog = Backlog(Kept("jobs"), 0)
+    (work,) = backlog.load(0, batch(MESSAGES_MAX + 1))
+    work.done = ones(1000)
+    cursor = backlog.cursor(0)
+    assert len(cursor.data) < 100
+    (work,) = Backlog(decode(cursor.data), cursor.offset).load(0, batch(MESSAGES_MAX + 1))
+    assert not work.done
+
+
+def test_so_many_jobs_may_wait_for_their_time() -> None:
+    """Each in a batch of its own, with jobs between them that are done."""
+    backlog = Backlog(Kept("jobs"), 0)
+    number = 0
+    while backlog.scatter < SCATTER_BYTES_MAX:
+        backlog.load(number, batch(1))
+        number += 2
+    assert number // 2 > 9_000
 
 
 def test_where_work_goes_on_in_order_a_cursor_is_small() -> None:
@@ -207,7 +217,7 @@ def test_where_work_goes_on_in_order_a_cursor_is_small() -> None:
         if 10 <= number < 50 and number % 4:
             work.done = ones(128)
             backlog.settled(work)
-    assert len(backlog.cursor(0).data) < 120
+    assert len(backlog.cursor(0).data) < 80
 
 
 # --- bytes ---------------------------------------------------------------------------------------
@@ -215,14 +225,16 @@ def test_where_work_goes_on_in_order_a_cursor_is_small() -> None:
 
 def test_the_bytes_of_a_queue() -> None:
     """They are on disks: a change is a change of the journal's format."""
-    kept = Kept("jobs", reach=9, left=[(0, 3, b"\x02"), (1, 2, b"")], tried=[(0, 1, 4)])
-    assert encode(kept) == bytes.fromhex("97 a46a6f6273 a0 90 00 09 92 93 00 03 c40102 93 01 02 c400 91 93 00 01 04")
+    kept = Kept(
+        "jobs", reach=9, left=pack_runs(100, [Run(100, 103, 2), Run(104, 106)]), tried=pack_tried(100, [(100, 4)])
+    )
+    assert encode(kept) == bytes.fromhex("97 a46a6f6273 a0 90 00 09 c405 0007020104 c403 000104")
     assert decode(encode(kept)) == kept
 
 
 def test_the_bytes_of_a_group() -> None:
     kept = Kept("", "g", ["a", "b.>"], 1)
-    assert encode(kept) == bytes.fromhex("97 a0 a167 92 a161 a3622e3e 01 00 90 90")
+    assert encode(kept) == bytes.fromhex("97 a0 a167 92 a161 a3622e3e 01 00 c400 c400")
     assert decode(encode(kept)) == kept
 
 
@@ -237,15 +249,31 @@ RUNS = [Run(5, 8), Run(8, 10), Run(10, 12, 1), Run(12, 13), Run(20, 21), Run(21,
 
 def test_runs_that_follow_each_other_are_put_together() -> None:
     packed = pack_runs(5, RUNS)
-    assert packed == [(0, 5, b""), (0, 2, b"\x01"), (0, 1, b""), (7, 2, b"")]
+    assert packed == bytes([0, 10, 0, 5, 1, 0, 2, 7, 4])
     assert unpack_runs(5, packed) == [Run(5, 10), Run(10, 12, 1), Run(12, 13), Run(20, 22)]
 
 
 def test_attempts_that_follow_each_other_are_put_together() -> None:
     tried = {5: 1, 6: 1, 8: 1, 9: 2}
     packed = pack_tried(5, tried.items())
-    assert packed == [(0, 2, 1), (1, 1, 1), (0, 1, 2)]
+    assert packed == bytes([0, 2, 1, 1, 1, 1, 0, 1, 2])
     assert unpack_tried(5, packed) == tried
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(1, 300), st.integers(0, 2**300)), max_size=20))
+def test_runs_survive(given: list[tuple[int, int, int]]) -> None:
+    runs, at = [], 7
+    for skip, count, done in given:
+        runs.append(Run(at + skip + 1, at + skip + 1 + count, done & ones(count)))
+        at = runs[-1].end
+    packed = pack_runs(7, runs)
+    assert unpack_runs(7, packed) == runs
+    for cut in range(len(packed)):
+        try:
+            found = unpack_runs(7, packed[:cut])
+        except ValueError:
+            continue
+        assert found == runs[: len(found)]
 
 
 @pytest.mark.parametrize("letter", ["x", "ü", "語"])

@@ -1,4 +1,4 @@
-"""A forwarder is killed at any instant: every acknowledged push is handled, and nothing twice that was confirmed."""
+"""A forwarder that is killed at any instant: every acknowledged push is handled, and no confirmed one twice."""
 
 from __future__ import annotations
 
@@ -67,9 +67,8 @@ class Account:
 class Worker:
     """One life of a worker, as long as the forwarder's at most."""
 
-    def __init__(self, raw: RawWorker, account: Account, rng: Random) -> None:
-        self.raw, self.account, self.rng = raw, account, rng
-        self.credit = rng.choice((1, 30, 500))
+    def __init__(self, raw: RawWorker, account: Account, rng: Random, credit: int) -> None:
+        self.raw, self.account, self.rng, self.credit = raw, account, rng, credit
         self.said: deque[tuple[bool, list[Got]]] = deque()
         raw.say(commands.Join(1, ["jobs.*", "logs.>"], "g", 30_000, self.credit, 0))
 
@@ -118,7 +117,7 @@ def lives(path: Path, bus: str, seed: int, kills: int) -> tuple[Account, Produce
         try:
             for _ in range(kills):
                 with worker_at(forwarder, bus) as one, worker_at(forwarder, bus) as two:
-                    workers = [Worker(raw, account, rng) for raw in (one, two)]
+                    workers = [Worker(raw, account, rng, rng.choice((1, 30, 500))) for raw in (one, two)]
                     until = time.monotonic() + rng.choice((0.05, 0.3, 1.0)) * rng.random()
                     while time.monotonic() < until:
                         for worker in workers:
@@ -131,7 +130,7 @@ def lives(path: Path, bus: str, seed: int, kills: int) -> tuple[Account, Produce
         node.flush(SOON)
         sent = {topic: node._publishers[topic].sent for topic in (*QUEUES, LOGS)}
         with worker_at(forwarder, bus) as raw:
-            worker = Worker(raw, account, rng)
+            worker = Worker(raw, account, rng, 1000)
 
             def is_done() -> bool:
                 worker.turn(nacks=False)

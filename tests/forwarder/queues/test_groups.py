@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from tests.forwarder.conftest import SOON, meet
-from tests.forwarder.forwarder_checks import ask
+from tests.forwarder.forwarder_checks import Gate, ask
 from tests.forwarder.forwarders import Running, running
 from tests.forwarder.queues.conftest import begin, committed, figures, places, worker_of
 from tests.node.conftest import eventually
@@ -174,6 +174,46 @@ def test_pushed_and_published_on_one_topic(forwarder: Running, bus: str, node: N
             pass
         got = [{job.value for job in worker.jobs} for worker in (one, two)]
         assert got in ([{"job", "news", "first"}, {"news"}], [{"news"}, {"job", "news"}], [{"job", "news"}, {"news"}])
+
+
+def test_what_a_worker_says_while_its_group_is_written_down_counts(forwarder: Running, node: Node) -> None:
+    """JOBs answer the JOIN that it said last; and who has left meanwhile gets none."""
+    meet(node, "logs.a")
+    with worker_of(forwarder) as worker, worker_of(forwarder) as leaver, Gate.closed() as gate:
+        worker.say(commands.Join(1, ["logs.>"], "g", 30_000, 10), 7)
+        leaver.say(commands.Join(1, ["logs.>"], "g", 30_000, 10), 7)
+        leaver.say(commands.Leave(1), 7)
+        worker.say(commands.Leave(1), 7)
+        worker.say(commands.Join(1, ["logs.>"], "g", 30_000, 5), 8)
+        eventually(lambda: gate.waiting == 1)
+        queues = forwarder.forwarder._queues
+        eventually(lambda: [*queues._joining] == [(worker.origin, 1)])
+        gate.let_through(1000)
+        joined(forwarder, "g logs.>")
+        eventually(lambda: [(one.request) for one in queues._desk.workers.values()] == [8])
+        publish(node, "logs.a", 1)
+        worker.take(1)
+        assert leaver.gets_nothing()
+    assert not queues._joining
+
+
+def test_what_is_on_its_way_to_the_disk_when_a_group_is_named(forwarder: Running, node: Node) -> None:
+    """It was appended when nobody wanted it, and cannot be read yet."""
+    meet(node, "logs.a")
+    with worker_of(forwarder) as worker, Gate.closed() as gate:
+        begin(worker, "logs.>", credit=10, offset=0)
+        eventually(lambda: gate.waiting == 1)
+        node.publish("logs.a", 1)
+        store = forwarder.forwarder._store
+        assert store is not None
+        eventually(lambda: store.next_offset == 2)
+        gate.let_through(1)
+        assert [job.value for job in worker.take(1)] == ["first"]
+        assert worker.gets_nothing(300)
+        gate.let_through(1000)
+        assert [job.value for job in worker.take(1)] == [1]
+        eventually(lambda: figures(forwarder, "logs.>", "workers").in_flight == 2)
+        assert figures(forwarder, "logs.>", "workers").waiting == 0
 
 
 def test_a_group_can_be_forgotten(forwarder: Running, node: Node) -> None:

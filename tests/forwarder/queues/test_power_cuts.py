@@ -1,5 +1,5 @@
-"""Power cuts under a forwarder with queues: every job on the disk has a queue that knows of it, and nothing that a worker
-was told to be done is to be done again.
+"""Power cuts under a forwarder with queues: every job on the disk has a queue that knows of it, and nothing that a
+worker was told to be done is to be done again.
 
 The disk is the simulated one, which is harsher than any: what was not synced is there or not, sector by sector and name
 by name. At every call that changes something it is copied as a cut would leave it, beside what was promised by then.

@@ -219,3 +219,18 @@ def test_a_job_that_dies_while_its_node_closes_remains(bus: str) -> None:
         worker.fail(first, how="reject")
         worker.done(second)
         assert closing.result(20) == [zmqbus.Undelivered("queue jobs.a", 0, 1)]
+
+
+def test_what_a_group_gives_up_is_a_dead_letter_as_well(node: zmqbus.Node) -> None:
+    with worker_of(node) as worker:
+        worker.join("logs.>", group="indexers", credit=10)
+        worker.join("$dead.>", credit=10, number=2)
+        eventually(lambda: len(node._engine.jobs._desk.workers) == 2)
+        node.publish("logs.a", "bad")
+        worker.fail(*worker.take(1), how="reject", reason="malformed")
+        (dead,) = worker.take(1)
+        assert (dead.topic, dead.value) == ("$dead.logs.a", "bad")
+        assert dead.headers is not None
+        assert dead.headers["$group"].startswith("indexers")
+        worker.done(dead, number=2)
+        assert left(node) == 0

@@ -15,6 +15,7 @@ import pytest
 import zmqbus
 from tests.node.conftest import eventually, wait_for
 from tests.node.queues.scripted import ScriptedOwner, owning
+from zmqbus.node.peers.links import Link
 from zmqbus.node.work.queues import workers
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import END
@@ -224,6 +225,26 @@ def test_the_end_of_a_block_says_it(node: zmqbus.Node, owner: ScriptedOwner) -> 
     }
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_any_exception_is_a_reason(node: zmqbus.Node, owner: ScriptedOwner) -> None:
+    """Of what a file name has in it, of none, and of one that cannot be had. They are said, and what follows them."""
+    worker = pull(node, owner, credit=100)
+    owner.give(*range(5))
+    jobs = take(worker, 5)
+    for job, error in zip(jobs, (OSError("a\udcffb"), ValueError(), Mute(), OSError("€" * 2000)), strict=False):
+        with pytest.raises(type(error)), job:
+            raise error
+    jobs[4].ack()
+    worker.flush(10)
+    said = {fail.jobs[0][1]: fail.reason for fail in owner.of(commands.Fail)}
+    assert said == {1: "OSError: a?b", 2: "ValueError", 3: "Mute", 4: f"OSError: {'€' * 991}"}
+    assert covered(owner.done) == [5]
+
+
 def test_an_idle_worker_says_at_once_what_it_has_done(
     node: zmqbus.Node, owner: ScriptedOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +264,19 @@ def test_an_idle_worker_says_at_once_what_it_has_done(
     owner.wait_for(lambda: len(owner.done) == 2)
     first.ack()
     owner.wait_for(lambda: len(owner.done) == 3)
+    owner.give("for the thread")
+    thread.join()
+
+    for timeout in (0.0, 30.0):  # looks, or waits, with something in hand, and something to say
+        worker.flush(10)
+        before = len(owner.done)
+        owner.give(4, 5)
+        take(worker, 1)[0].ack()
+        in_hand = take(worker, 1)[0]
+        thread = threading.Thread(target=worker.get, args=(timeout,))
+        thread.start()
+        owner.wait_for(lambda before=before: len(owner.done) == before + 1)
+        in_hand.ack()
     worker.close()
     thread.join()
 
@@ -280,6 +314,25 @@ def test_flush_waits_for_the_owner(node: zmqbus.Node, owner: ScriptedOwner) -> N
     identity, request, join = owner.joins[-1]
     for _ in owner.of(commands.Done):
         owner.answer(identity, commands.Settled(join.id), request)
+    worker.flush(10)
+
+
+def test_what_cannot_be_said_is_said_later(
+    node: zmqbus.Node, owner: ScriptedOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = pull(node, owner, credit=100)
+    owner.give(*range(3))
+    jobs = take(worker, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(Link, "say", lambda self, body, number: False)
+        jobs[0].ack()
+        jobs[1].nack()
+        with pytest.raises(zmqbus.NotSettled):
+            worker.flush(0.1)
+    owner.wait_for(lambda: owner.done == [(1, 1, 1)])
+    owner.wait_for(lambda: owner.credit == 102)
+    assert [fail.jobs for fail in owner.of(commands.Fail)] == [[(1, 2, 2)]]
+    jobs[2].ack()
     worker.flush(10)
 
 
@@ -488,6 +541,27 @@ def test_who_gathers_many_before_they_are_done_gets_them(node: zmqbus.Node, owne
     worker.flush(10)
 
 
+def test_an_owner_that_is_new_is_asked_for_more_as_well(bus: str, owner: ScriptedOwner) -> None:
+    """It was granted little at first, because it need not have had anything."""
+    with (
+        owning(bus, "new") as new,
+        zmqbus.Node("w", bus=bus, peers=[owner.inbox, new.inbox], discovery="static") as node,
+    ):
+        node.wait_for_peers(2, timeout=10)
+        worker = pull(node, owner)
+        new.wait_for(lambda: new.joins)
+        worker._hand.window.size = 1000
+        count = new.credit
+        assert count < 100
+        new.give(*range(count))
+        jobs = take(worker, count)
+        time.sleep(0.1)  # it is not because it was quick
+        assert worker.get(0) is None
+        new.wait_for(lambda: new.credit >= 1000)
+        for job in jobs:
+            job.ack()
+
+
 def test_as_many_as_wait_are_fed(node: zmqbus.Node, owner: ScriptedOwner) -> None:
     """Threads that have slow jobs at the same time are as good as a fast one."""
     worker = pull(node, owner)
@@ -535,6 +609,20 @@ def test_a_job_that_waited_too_long_is_given_back_unbegun(node: zmqbus.Node, own
     owner.wait_for(lambda: owner.credit == 5)
     job.ack()  # the handler's own business
     owner.wait_for(lambda: owner.done == [(first, 1, 1)])
+
+
+def test_who_comes_too_late_begins_nothing(
+    node: zmqbus.Node, owner: ScriptedOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the engine had no turn all that time, because a handler let nobody have one."""
+    monkeypatch.setattr(workers.Workers, "_watch", lambda self, pull: None)
+    worker = pull(node, owner, lease=0.4)
+    number, seq = owner.give("too late")
+    time.sleep(0.3)
+    owner.give("in time")
+    assert take(worker, 1)[0].value == "in time"
+    fail = owner.wait_for(lambda: owner.of(commands.Fail))[0]
+    assert (fail.how, fail.jobs) == ("return", [(number, seq, seq)])
 
 
 def test_what_waits_behind_a_job_that_is_extended_is_given_back_as_well(
@@ -593,6 +681,87 @@ def test_what_is_not_finished_in_time_has_failed(node: zmqbus.Node, owner: Scrip
     with node.events() as events:
         job.ack()
         assert wait_for(events, zmqbus.JobRefused)[0].seq == 1
+    assert worker.refused == 1
+
+
+def test_what_is_acknowledged_but_not_yet_said_is_not_failed(
+    node: zmqbus.Node, owner: ScriptedOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = pull(node, owner)
+    owner.give(1, 2, 3)
+    jobs = take(worker, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(worker._hand, "hasten", lambda: None)
+        jobs[1].ack()
+        worker._hand.give_up("the end")
+    assert [job[1:] for _, _, job in worker._hand.failures] == [(1, 1), (3, 3)]
+    worker.flush(10)
+    assert covered(owner.done) == [2]
+
+
+def test_what_is_acknowledged_while_a_worker_ends(node: zmqbus.Node, owner: ScriptedOwner) -> None:
+    worker = pull(node, owner, credit=100)
+    owner.give(*range(40))
+    jobs = take(worker, 40)
+
+    def work() -> None:
+        for job in jobs:
+            time.sleep(0.005)
+            job.ack()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    worker.close(0.1)
+    thread.join()
+    owner.wait_for(lambda: owner.of(commands.Leave))
+    failed = set(covered([job for fail in owner.of(commands.Fail) for job in fail.jobs]))
+    done = set(covered(owner.done))
+    assert failed
+    assert failed | done == set(range(1, 41))
+    eventually(
+        lambda: worker.refused == len(failed - done)
+    )  # of the others the owner, in time, says that they are late
+    assert len(failed & done) <= 2
+
+
+def test_a_job_left_in_hand_leaves_a_node_the_time_to_say_goodbye(bus: str, owner: ScriptedOwner) -> None:
+    with zmqbus.Node("closing", bus=bus, peers=[owner.inbox], discovery="static") as node:
+        node.wait_for_peers(1, timeout=10)
+        worker = pull(node, owner)
+        owner.give(1)
+        job = take(worker, 1)[0]
+        began = time.monotonic()
+        assert node.close(1.0) == []
+        assert 0.3 < time.monotonic() - began < 0.9
+        assert not job.settled
+
+
+def test_close_waits_until_its_last_words_are_heard(node: zmqbus.Node, owner: ScriptedOwner) -> None:
+    owner.settles = False
+    worker = pull(node, owner)
+    owner.give(1, 2)
+    jobs = take(worker, 2)
+    jobs[0].ack()
+    began = time.monotonic()
+    thread = threading.Thread(target=worker.close, args=(10,))
+    thread.start()
+    jobs[1].nack()
+    owner.wait_for(lambda: owner.done and owner.of(commands.Fail))
+    time.sleep(0.3)
+    assert thread.is_alive()
+    identity, request, join = owner.joins[-1]
+    for _ in range(2):
+        owner.answer(identity, commands.Settled(join.id), request)
+    thread.join(5)
+    assert time.monotonic() - began < 5
+    assert worker.refused == 0
+
+    worker = pull(node, owner)
+    owner.give(3)
+    with node.events() as events:
+        take(worker, 1)[0].ack()
+        worker.close(0.2)
+        assert wait_for(events, zmqbus.JobRefused)[0].seq == 3, "nobody said that it is settled"
     assert worker.refused == 1
 
 

@@ -92,7 +92,8 @@ class Looking:
             for key, row in rows.items():
                 row.rate = max(0, row.done - done.get(key, row.done)) / max(at - then, 1e-3)
         self._before = at, {key: row.done for key, row in rows.items()}
-        return sorted(rows.values(), key=lambda row: (row.queue, row.owner, row.origin, row.group))
+        shown = (row for key, row in rows.items() if not _is_idle(row) or (*key[:2], "") not in rows)
+        return sorted(shown, key=lambda row: (row.queue, row.owner, row.origin, row.group))
 
     def _count(self, rows: dict[Key, Row], origin: int, owner: str, figures: commands.QueueFigures) -> None:
         queue = figures.topic.removeprefix(DEAD_PREFIX)
@@ -111,6 +112,11 @@ class Looking:
         row.workers += figures.workers
         if figures.oldest_ns:
             row.oldest_s = max(row.oldest_s or 0.0, time_ns() / 1e9 - figures.oldest_ns / 1e9)
+
+
+def _is_idle(row: Row) -> bool:
+    """A group of workers of a queue, of which nothing was ever published."""
+    return bool(row.group) and not any((row.waiting, row.in_flight, row.delayed, row.done, row.given_up))
 
 
 def _cells(row: Row) -> list[str]:

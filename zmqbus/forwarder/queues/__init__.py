@@ -5,6 +5,6 @@ the dispatcher of `Desk`, if there are workers, or leaves it where it is, for `L
 done is noted in its `Backlog`, and `Scribe` writes that down before the worker is told.
 """
 
-from zmqbus.forwarder.queues.queues import Queues
+from zmqbus.forwarder.queues.queues import Queues, take_up
 
-__all__ = ["Queues"]
+__all__ = ["Queues", "take_up"]

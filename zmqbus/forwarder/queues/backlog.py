@@ -26,12 +26,12 @@ from zmqbus.protocol.frames import Batch
 from zmqbus.protocol.queues.work import Line, Team, Work, ones
 from zmqbus.protocol.topics import Matcher
 
-# What may be loaded of one backlog. With the piece that a read may add to it, of some 1800 works or 65,000 messages, it
-# is also what bounds a cursor's data, of which journals take 64 KiB: 9 bytes for each work at most, a bit for each
-# message, and what the name and `tried` take.
-WORKS_MAX = 2048
-MESSAGES_MAX = 65_536
+MESSAGES_MAX = 65_536  # loaded of one backlog, and not settled
 PATTERNS_BYTES_MAX = 4096  # of one group, together
+WORK_BYTES = 600  # what Python spends on a work beside its bytes
+# What a cursor says of what is loaded has to fit in 64 KiB, however scattered that is when others have been settled:
+# with the piece that a read may add, of some 1800 batches or 65,000 messages, with `tried`, and the patterns.
+SCATTER_BYTES_MAX = 40 * 1024
 
 EVERYWHERE = 1 << 63  # beyond every offset
 
@@ -50,10 +50,12 @@ class Backlog:
         self.next = place
         """All of ours before this is loaded or settled."""
         self.live = False
+        self.known_from = place
+        """What is appended from this offset on, the tail knows of."""
         self.works: OrderedDict[int, Work] = OrderedDict()
         """Loaded, and not settled as a whole: by offset, in order."""
         self.bytes = self.messages = 0
-        """Of `works`."""
+        """Of `works`; bytes are of memory."""
         self.lines: Counter[Line] = Counter()
         """In how many works there is something for each line."""
         self.parked: list[Work] = []
@@ -117,7 +119,7 @@ class Backlog:
             work.attempts = tried or work.attempts
         self.works[offset] = work
         self.lines[work.line] += 1
-        self.bytes += batch.size
+        self.bytes += batch.size + WORK_BYTES
         self.messages += batch.count
         return [work]
 
@@ -140,7 +142,7 @@ class Backlog:
         self.lines[work.line] -= 1
         if not self.lines[work.line]:
             del self.lines[work.line]
-        self.bytes -= work.batch.size
+        self.bytes -= work.batch.size + WORK_BYTES
         self.messages -= work.batch.count
         self._end = max(self._end, work.position + work.batch.count)
 
@@ -186,6 +188,15 @@ class Backlog:
             pack_tried(place, tried),
         )  # fmt: skip
         return Cursor(place, encode(state))
+
+    @property
+    def scatter(self) -> int:
+        """Bytes that a cursor needs at most for what is loaded, whatever of it is settled in which order."""
+        number = len(self.works) + len(self._left)
+        if not number:
+            return 0
+        apart = (max(self._end, self.next) - self.place(0)) // number
+        return number * (4 + apart.bit_length() // 7) + self.messages // 8
 
     def todo(self, offset: int, count: int) -> int:
         """How many messages of a batch that is not loaded an earlier life has left."""

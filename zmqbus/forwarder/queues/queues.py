@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from zmqbus.errors import JournalCorrupt, JournalError, NoSpace, TopicError
@@ -19,7 +20,7 @@ from zmqbus.forwarder.queues.kept import GROUP_PREFIX, QUEUE_PREFIX, Kept, curso
 from zmqbus.forwarder.queues.rivals import Rivals
 from zmqbus.forwarder.queues.scribe import Scribe
 from zmqbus.forwarder.queues.stock import Stock
-from zmqbus.journal import Commit, Journal, find_time
+from zmqbus.journal import Journal, find_time
 from zmqbus.net.clock import now, time_ns
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import Event
@@ -63,6 +64,7 @@ class Queues:
         self._funeral: Funeral | None = None  # of those that died by what a worker is saying
         self._tasks: set[asyncio.Task[None]] = set()
         self._founding: dict[str, asyncio.Task[None]] = {}
+        self._joining: dict[tuple[int, int], tuple[str, bytes, Command]] = {}  # who waits for that
         self._timer: asyncio.TimerHandle | None = None
         self._segment = 0  # the last, when cursors were moved on
         self._stopped = self._closed = False
@@ -77,15 +79,10 @@ class Queues:
 
     # --- life --------------------------------------------------------------------------------------
 
-    def open(self) -> None:
-        """Take up what an earlier life has left. Before anybody can say anything. Raises JournalCorrupt."""
-        journal = self._journal
-        for name, cursor in journal.cursors.all().items():
-            if name.startswith((QUEUE_PREFIX, GROUP_PREFIX)):
-                try:
-                    self._stock.open(Backlog(decode(cursor.data), cursor.offset))
-                except (ValueError, TopicError) as error:
-                    raise JournalCorrupt(journal.segments[-1].directory, 0, f"cursor {name!r}: {error}") from None
+    def open(self, backlogs: Iterable[Backlog]) -> None:
+        """Go on with what an earlier life has left. Before anybody can say anything."""
+        for backlog in backlogs:
+            self._stock.open(backlog)
         self._stock.survey(self._stock.backlogs.values())
         self._engine.on_link_lost.append(self._lost)
         self._look()
@@ -116,10 +113,12 @@ class Queues:
             self._judge(backlog)
             self._stock.begin(backlog)
 
-    def grown(self, commit: Commit) -> None:
+    def refused(self) -> None:
+        """Some of what was appended last is not, after all. Before anything else is."""
+        self.tail.cut(self._journal.next_offset)
+
+    def grown(self) -> None:
         """There is more on disk than there was."""
-        if commit.refused:
-            self.tail.cut(self._journal.next_offset)
         if self.tail.watched:
             fresh = self._stock.grown()
             self._graves.look()
@@ -144,6 +143,7 @@ class Queues:
             case commands.Done() | commands.Fail() | commands.Extend() | commands.Leave() as body:
                 self._desk.serve(identity, origin, command)
                 if isinstance(body, commands.Leave):
+                    self._joining.pop((origin, body.id), None)
                     self._stock.muster(self._desk.teams)
                 self._stock.feed()
             case commands.Read(cursor=name) if _is_ours(name):
@@ -172,6 +172,8 @@ class Queues:
     def _lost(self, origin: int) -> None:
         """A node is gone, or what was on its way to it: its jobs go to others."""
         if not self._closed:
+            for worker in [worker for worker in self._joining if worker[0] == origin]:
+                del self._joining[worker]
             self._desk.lost(origin)
             self._stock.muster(self._desk.teams)
             self._stock.feed()
@@ -185,26 +187,31 @@ class Queues:
         except TopicError as error:
             self._answer(identity, command, Error("join", str(error)[:1000]))
             return
+        self._joining.pop((origin, body.id), None)  # what it said before
         name = cursor_name(Kept("", body.group, body.patterns))
         if name in self._stock.backlogs or all(pattern.startswith("$") for pattern in body.patterns):
             self._admit(identity, origin, command)  # what is reserved is never published
             return
-        task = self._founding.get(name)
-        if task is None:
+        self._joining[origin, body.id] = name, identity, command
+        if name not in self._founding:
             task = self._founding[name] = self._loop.create_task(self._found_group(body))
-            task.add_done_callback(lambda _: self._founding.pop(name, None))
+            task.add_done_callback(partial(self._founded, name))
 
-        def founded(task: asyncio.Task[None]) -> None:
-            if task.cancelled():
-                return
-            if (error := task.exception()) is None:
-                self._admit(identity, origin, command)
-                return
-            self._answer(identity, command, Error("join", str(error)[:1000]))
-            if not isinstance(error, NoSpace | ValueError | JournalCorrupt):
-                self._on_failure(error)
-
-        task.add_done_callback(founded)
+    def _founded(self, name: str, task: asyncio.Task[None]) -> None:
+        """Whoever waited for a group may join it, unless it has left or joined another meanwhile."""
+        del self._founding[name]
+        if task.cancelled():
+            return
+        error = task.exception()
+        for worker, (whose, identity, command) in list(self._joining.items()):
+            if whose == name:
+                del self._joining[worker]
+                if error is None:
+                    self._admit(identity, worker[0], command)
+                else:
+                    self._answer(identity, command, Error("join", str(error)[:1000]))
+        if error is not None and not isinstance(error, NoSpace | ValueError | JournalCorrupt):
+            self._on_failure(error)
 
     async def _found_group(self, body: commands.Join) -> None:
         journal = self._journal
@@ -321,6 +328,7 @@ class Queues:
     def _look(self) -> None:
         self._timer = self._loop.call_later(PERIOD, self._look)
         self._stock.muster(self._desk.teams)
+        self._stock.look()
         if self._rivals.tick(now()):
             self._yield()
         self._keep_up()
@@ -371,6 +379,18 @@ class Queues:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def take_up(journal: Journal) -> list[Backlog]:
+    """What an earlier life has left. Raises JournalCorrupt."""
+    backlogs = []
+    for name, cursor in journal.cursors.all().items():
+        if _is_ours(name):
+            try:
+                backlogs.append(Backlog(decode(cursor.data), cursor.offset))
+            except (ValueError, TopicError) as error:
+                raise JournalCorrupt(journal.segments[-1].directory, 0, f"cursor {name!r}: {error}") from None
+    return backlogs
 
 
 def _is_ours(name: str) -> bool:

@@ -87,7 +87,7 @@ class Scribe:
                     backlog.committed = cursors[backlog.name].offset
                 for work in then:
                     work()
-        except JournalError as error:
+        except (JournalError, ValueError) as error:
             self._on_failure(error)
         finally:
             self._task = None

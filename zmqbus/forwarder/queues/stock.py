@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
-from zmqbus.forwarder.queues.backlog import EVERYWHERE, MESSAGES_MAX, WORKS_MAX, Backlog
+from zmqbus.forwarder.queues.backlog import EVERYWHERE, MESSAGES_MAX, SCATTER_BYTES_MAX, Backlog
 from zmqbus.forwarder.queues.loading import Loader, Piece, Room, Survey
 from zmqbus.forwarder.queues.tail import Tail
 from zmqbus.journal import Journal
@@ -50,14 +50,17 @@ class Stock:
         self._teams: Collection[Team] = ()
         self._share = AHEAD_BYTES  # of each that is wanted
         self._behind: dict[Backlog, None] = {}  # wanted, and to be read from the disk
+        self._stuck: set[Backlog] = set()  # of which that was said
         self._loader = Loader(journal, worker, self._loaded)
         self._surveys: set[Survey] = set()
+        self._unknown: list[Backlog] = []  # to be surveyed when all that the tail does not know of is on disk
 
     # --- which there are ---------------------------------------------------------------------------
 
     def open(self, backlog: Backlog) -> None:
         """From now on there is this one, too."""
         self.backlogs[backlog.name] = backlog
+        backlog.known_from = self._journal.next_offset
         self.tail.open(backlog)
         if backlog.team is not None:
             self._groups[backlog.team.group] = backlog
@@ -73,11 +76,13 @@ class Stock:
         del self.backlogs[backlog.name]
         self.tail.close(backlog)
         self._behind.pop(backlog, None)
+        self._stuck.discard(backlog)
         self._loader.close(backlog)
         for line in backlog.lines:
             self._dispatcher.forget(line)
         if backlog.team is not None:
             del self._groups[backlog.team.group]
+        self._unknown = [other for other in self._unknown if other is not backlog]
         for survey in self._surveys:
             survey.backlogs.pop(backlog, None)
 
@@ -130,6 +135,7 @@ class Stock:
 
     def grown(self) -> bool:
         """There is more on disk than there was. Returns whether there is more to be given out."""
+        self._survey_known()
         time, fresh = now(), False
         for offset, batch in self.tail.take(self._journal.durable_offset):
             for backlog in self.tail.backlogs(batch.topic, bool(batch.flags & QUEUED)):
@@ -151,18 +157,37 @@ class Stock:
     def feed(self) -> None:
         """Have more read, where it is wanted and there is room."""
         for backlog in list(self._behind):
-            if not backlog.busy and not backlog.broken and self._has_room(backlog, 2):
+            ready = not backlog.busy and not backlog.broken and backlog.next < self._journal.durable_offset
+            if ready and self._has_room(backlog, 2):
                 size = max(self._share - backlog.bytes, AHEAD_BYTES_MIN)
-                room = Room(size, MESSAGES_MAX - backlog.messages, WORKS_MAX - len(backlog.works))
+                room = Room(size, MESSAGES_MAX - backlog.messages, (SCATTER_BYTES_MAX - backlog.scatter) // 5)
                 self._loader.load(backlog, room)
 
+    def look(self) -> None:
+        """Now and then: say of a backlog, once, that it is as scattered as may be, so that nothing more is loaded."""
+        for backlog in self._behind:
+            if backlog not in self._stuck and not self._has_room(backlog) and not self._waits(backlog):
+                self._stuck.add(backlog)
+                self._warn(
+                    f"{backlog.name}: {backlog.messages:,} messages are with workers or wait for their time, and that "
+                    "is as many as may be: what is behind them waits until some are done"
+                )
+
+    def _waits(self, backlog: Backlog) -> bool:
+        """Whether something of it could be given out at once."""
+        return any(map(self._dispatcher.waiting, backlog.lines))
+
     def _has_room(self, backlog: Backlog, parts: int = 1) -> bool:
-        """Whether more of it may be loaded; with `parts`, whether less than one part of what may be is."""
-        if backlog.messages * parts >= MESSAGES_MAX or len(backlog.works) * parts >= WORKS_MAX:
-            return False
-        if backlog.bytes * parts < self._share:
+        """Whether more of it may be loaded; with `parts`, while there is something to give out, not before less than
+        one part of what may be is."""
+        if not backlog.works:
             return True
-        return backlog.bytes < IN_HAND_BYTES and not any(map(self._dispatcher.waiting, backlog.lines))
+        waits = self._waits(backlog)
+        if not waits:
+            parts = 1
+        if backlog.messages * parts >= MESSAGES_MAX or backlog.scatter * parts >= SCATTER_BYTES_MAX:
+            return False
+        return backlog.bytes * parts < self._share or (not waits and backlog.bytes < IN_HAND_BYTES)
 
     def _loaded(self, backlog: Backlog, piece: Piece | None, error: BaseException | None) -> None:
         if self.backlogs.get(backlog.name) is not backlog:
@@ -182,7 +207,7 @@ class Stock:
         backlog.next = max(backlog.next, piece.reached)
         for first, last in piece.dropped:
             self._warn(f"{backlog.name}: offsets {first:,} to {last:,} are no more, and with them what was of it there")
-        if backlog.next >= self._journal.durable_offset:
+        if backlog.next >= max(self._journal.durable_offset, backlog.known_from):
             backlog.live = True
             self._want(backlog)
         self._on_more()
@@ -196,7 +221,12 @@ class Stock:
 
     def survey(self, backlogs: Collection[Backlog]) -> None:
         """Find out how much there is of them, and whether there is anything."""
-        if backlogs:
+        self._unknown += backlogs
+        self._survey_known()
+
+    def _survey_known(self) -> None:
+        if self._unknown and self._journal.durable_offset >= max(backlog.known_from for backlog in self._unknown):
+            backlogs, self._unknown = self._unknown, []
             self._surveys.add(Survey(self._journal, self._worker, self.tail, backlogs, self._surveyed))
 
     def _surveyed(self, survey: Survey, error: BaseException | None) -> None:

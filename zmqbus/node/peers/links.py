@@ -25,6 +25,7 @@ from zmqbus.net.sockets import (
     Socket,
     SocketFactory,
     parse_monitor,
+    plain_recv,
     plain_send,
 )
 from zmqbus.protocol.commands import Body, Command, Error, UnknownCommand, decode_command, encode_command
@@ -80,7 +81,7 @@ class Link:
         self._guarded = False
         self._broken_off_at = -inf
         self._socket = factory.dealer()
-        self._put = putter(self._socket)
+        self._put, self._take = putter(self._socket), plain_recv(self._socket)
         self._monitor: Socket | None = None
         self._monitor_watch: FdWatch | None = None
         if on_refused is not None:
@@ -224,7 +225,7 @@ class Link:
             if not int(self._socket.get(EVENTS)) & POLLIN:
                 return False
             try:
-                parts = self._socket.recv_multipart(NOBLOCK)
+                parts = self._take()
             except Again:
                 return False
             try:
@@ -289,7 +290,8 @@ class Inbox:
         self._socket = socket
         self._on_command = on_command
         self._on_garbage = on_garbage
-        self._put = putter(socket)
+        self._put, self._take = putter(socket), plain_recv(socket)
+        self._draining = False
         self._watch = FdWatch(loop, socket, self._drain)
 
     def answer(self, identity: bytes, body: Body, request: int, batches: Sequence[bytes] = ()) -> bool:
@@ -303,20 +305,28 @@ class Inbox:
                 raise
             return False
         finally:
-            self._watch.check()
+            if not self._draining:  # that looks again
+                self._watch.check()
         return True
 
-    def close(self) -> None:
-        """Stop listening. The socket is closed as well."""
+    def close(self, linger_ms: int) -> None:
+        """Stop listening. The socket is closed as well; what it was given is still sent for `linger_ms`."""
         self._watch.close()
-        self._socket.close(0)
+        self._socket.close(linger_ms)
 
     def _drain(self) -> bool:
+        self._draining = True
+        try:
+            return self._take_in()
+        finally:
+            self._draining = False
+
+    def _take_in(self) -> bool:
         for _ in range(DRAIN_MAX):
             if not int(self._socket.get(EVENTS)) & POLLIN:  # half of what it costs to have `recv` raise
                 return False
             try:
-                identity, *parts = self._socket.recv_multipart(NOBLOCK)
+                identity, *parts = self._take()
             except Again:
                 return False
             try:

@@ -25,13 +25,29 @@ ASK_AGAIN = 1.0  # seconds after which an unanswered SUBSCRIBE is repeated
 UNCONFIRMED = 30.0  # for so long a repeated SUBSCRIBE is owed from the first: its answer may not have arrived
 REMINDED_MAX = 64  # HEADs on the PUB for one repeated SUBSCRIBE; further streams' come when they fall idle
 OBSERVERS_GRACE = 0.2  # for a program that publishes and ends: those who look on need a moment to see it
+ANSWERS = 0  # in place of the number of a subscription: answers that a leaving peer owes us
+LOOK = 0.01  # seconds between looks whether they have come
 LEAVE_PATIENCE = 5.0  # a leaving peer is not kept in mind longer than this; it waits less itself
 
 
+class Requests(Protocol):
+    """Requests, ours and theirs."""
+
+    def is_owed(self, origin: int) -> bool:
+        """Whether a peer has yet to answer one of ours."""
+
+    def owes(self, origin: int) -> bool:
+        """Whether it may not have our answer to one of its own yet."""
+
+
 class Streams(Protocol):
-    """Our own streams."""
+    """Our own streams, and requests."""
 
     outlet: Outlet
+
+    @property
+    def requests(self) -> Requests:
+        """What is asked and answered."""
 
     def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
         """Topic and next seq of those that fit."""
@@ -327,11 +343,22 @@ class Registry:
     def _on_bye(self, identity: bytes, origin: int, request: int) -> None:
         """A peer leaves, and will wait a little for us to have all that it sent."""
         waiting = {number for number, intake in self._intakes.items() if not intake.origin_leaving(origin)}
+        if self._streams.requests.is_owed(origin):
+            waiting.add(ANSWERS)
+            self._loop.call_later(LOOK, self._look_for_answers, origin)
         self._leaving[origin] = (identity, request, waiting)
         if waiting:
             self._loop.call_later(LEAVE_PATIENCE, self._leave, origin, identity, False)
         else:
             self._leave(origin, identity)
+
+    def _look_for_answers(self, origin: int) -> None:
+        """It said BYE, and had yet to answer something."""
+        if origin in self._leaving:
+            if self._streams.requests.is_owed(origin):
+                self._loop.call_later(LOOK, self._look_for_answers, origin)
+            else:
+                self.settled(ANSWERS, origin)
 
     def settled(self, number: int, origin: int) -> None:
         """One of our subscriptions has all that a leaving peer owed it."""
@@ -360,7 +387,8 @@ class Registry:
                     link.send(body)
             done: asyncio.Future[bool] = self._loop.create_future()
             if link.ask(commands.Bye(), partial(_answered, done), timeout + 1) and self._joined(origin):
-                if not all(registration.observes for registration in subscriptions.values()):
+                subscribed = not all(registration.observes for registration in subscriptions.values())
+                if subscribed or self._streams.requests.owes(origin):
                     waiting[origin] = done
                 elif subscriptions:
                     looking.append(done)

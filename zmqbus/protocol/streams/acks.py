@@ -47,7 +47,7 @@ class Account:
         self.settled = -1
         """Of a queue: everything up to this seq was done by workers. Else -1."""
         self.own = -1
-        """Of a queue that was handed to a forwarder: what its publisher gives out itself ends with this seq. Else -1."""
+        """Of a queue handed to a forwarder: what its publisher gives out itself ends with this seq. Else -1."""
         self.durable = 0
         """Everything up to this seq is on as many disks as are wanted."""
         self.waiting: list[tuple[int, int, Waiter]] = []  # a heap by seq

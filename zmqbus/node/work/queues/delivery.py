@@ -105,7 +105,7 @@ class Delivery:
     def open(self) -> list[tuple[int, int]]:
         """What is not settled: first and last of each range."""
         gaps, following = [], self.first
-        for first, last in sorted(self.settled):
+        for first, last in sorted([*self.settled, *ranges_of(self.acked[:])]):
             if first > following:
                 gaps.append((following, first - 1))
             following = max(following, last + 1)

@@ -5,7 +5,7 @@ decodes a batch of it, and a slice of that becomes jobs, `items`, of which each 
 an iterator that is all C hands out each of its items once. The lock of `bell` is held by whoever gets the next slice.
 
 And out: what is acknowledged is one entry in a list of its delivery. The first entry sees to it that the engine comes
-and collects (`stir`): at once, if nothing waits here or somebody sleeps, else some milliseconds later, or when there is
+and collects (`stir`): at once, if nothing waits here, else some milliseconds later, or when somebody sleeps or there is
 enough of it. The engine makes ranges of it. No message is sent from here; `Workers` does.
 """
 
@@ -108,7 +108,7 @@ class Hand:
         self.dirty.append(delivery)
         if self._due == NOW:
             return
-        if self._asleep or len(self.dirty) >= DIRTY_MAX or self.empty:
+        if self.empty or len(self.dirty) >= DIRTY_MAX:
             self.hasten()
         elif self._due == NOT:
             self._due = LATER
@@ -223,6 +223,7 @@ class Hand:
             while self._give_back_slice() or self._batches or self._split():
                 while self._batches:
                     self._give_back(*self._batches.popleft())
+            self.items = iter(())
             self.hasten()
             self.bell.notify_all()
         if self._wake is not None:

@@ -118,7 +118,8 @@ class Job(msgspec.Struct, gc=False, eq=False):
         if held is None:
             raise JobSettled(self.topic, self.origin, self.seq)
         self._held = None
-        held.failed(self.seq, how, delay_ms, str(reason)[:REASON_MAX])
+        text = str(reason)[:REASON_MAX].encode(errors="replace").decode()  # that of a file name may be no UTF-8
+        held.failed(self.seq, how, delay_ms, text)
 
     def __enter__(self) -> Job:
         return self
@@ -135,7 +136,10 @@ class Job(msgspec.Struct, gc=False, eq=False):
             if held.clean:
                 held.stir()
         elif issubclass(kind, Exception):
-            text = str(error)
+            try:
+                text = str(error)
+            except Exception:
+                text = ""
             self._fail("nack", -1, f"{kind.__name__}: {text}" if text else kind.__name__)
         else:
             self._fail("return", -1, kind.__name__)

@@ -230,19 +230,15 @@ class Owner:
     def _settle(self) -> None:
         """Something is done, or dead."""
         dispatcher = self._dispatcher
-        while dispatcher.dead:
-            dead = dispatcher.dead.pop()
-            if dead.work.line[0] is None:
-                try:
-                    topic, value, headers = letter(dead)
-                    self._as_queue(self._outlet.publisher(topic, internal=True)).send_without_wait(value, headers)
-                except ZmqbusError as error:  # the node may be closing: the message remains
-                    self._host.warn(f"{dead.work.line[1]}: no dead letter could be kept ({error}): {dead.reason}")
-                    continue
-            else:
-                self._host.warn(
-                    f"group {dead.work.line[0]}: {dead.work.line[1]} {dead.seq} was given up: {dead.reason}"
-                )
+        dying, dispatcher.dead = dispatcher.dead, []
+        for dead in dying:
+            try:
+                topic, value, headers = letter(dead)
+                self._as_queue(self._outlet.publisher(topic, internal=True)).send_without_wait(value, headers)
+            except ZmqbusError as error:  # it cannot be decoded, or the node is closing
+                self._host.warn(f"{dead.work.line[1]}: no dead letter could be kept ({error}): {dead.reason}")
+                if dead.work.line[0] is None:
+                    continue  # it was pushed, and is not done: it remains
             dispatcher.buried(dead)
         queues: dict[str, Queue] = {}
         for work in dispatcher.finished:

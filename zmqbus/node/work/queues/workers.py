@@ -29,6 +29,7 @@ from zmqbus.protocol.topics import check_pattern
 ROUND = 2.0  # seconds between looks for ties that have broken unnoticed
 LATE = 0.002  # seconds for which what is acknowledged gathers, while there is more to do
 STUMBLE = 0.02  # seconds, before what could not be said is said again
+LAST_WORDS = 0.5  # seconds for their answers, when a worker ends
 BROKEN = 0.5  # seconds after a connection broke, when it may be there again
 WORKERS_MAX = 1024
 CREDIT_MAX = 1_000_000
@@ -192,8 +193,8 @@ class Workers:
         self.report(hand)
         until = self._host.peering.registry.until
         try:
-            if patient:
-                await until(lambda: not hand.unfinished, timeout)
+            if patient:  # and then there is to be time for the answers
+                await until(lambda: not hand.unfinished, timeout - min(LAST_WORDS, timeout / 4))
             hand.give_up(CLOSED)
             self.report(hand)
             await until(lambda: not self._open(hand), max(0.0, deadline - now()))
@@ -259,7 +260,8 @@ class Workers:
         for tie in hand.ties.values():
             if not tie.gone:
                 tie.wire.say(commands.Leave(tie.number), tie.request)
-                self._lose(hand, tie)
+                hand.lose(tie)
+                hand.lost += self._tell(hand, tie.abandon())
         for key, count in (("jobs_received", hand.jobs), ("jobs_refused", hand.refused), ("acks_lost", hand.lost)):
             self._past[key] += count
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from typing import Any, Protocol
 
 from zmqbus.errors import SetupError
@@ -23,6 +24,8 @@ from zmqbus.protocol.topics import encode_topic
 
 WAITING_MAX = 1000  # requests that one responder has taken and not answered
 WAITING_BYTES_MAX = 64 * 1024 * 1024  # of all that were taken and not answered
+ANSWERED_MAX = 1024  # nodes of which is known when they were answered last
+ARRIVES = 5.0  # seconds after which an answer is thought to have arrived
 TELL_AGAIN = 1.0  # seconds after which an unanswered SERVE is repeated
 TELL_PATIENCE = 2.0  # seconds for which a new responder waits until all peers know of it
 STOPPED = commands.Reply("ResponderClosed", "the responder stopped before it had answered")
@@ -124,6 +127,7 @@ class Answering:
         self._responders: dict[str, list[Responder]] = {}
         self._open: dict[Incoming, None] = {}
         self._bytes = 0
+        self._answered_at: dict[int, float] = {}  # by who asked, the last at the end
         self._services: list[str] = []  # as peers are told; a new list with each change
         self._untold: set[int] = set()
 
@@ -284,7 +288,15 @@ class Answering:
             self.dropped += 1
         else:
             self.answered += 1
+            self._answered_at.pop(incoming.origin, None)
+            self._answered_at[incoming.origin] = now()
+            if len(self._answered_at) > ANSWERED_MAX:
+                del self._answered_at[next(iter(self._answered_at))]
             incoming.send(body, parts)
+
+    def owes(self, origin: int) -> bool:
+        """Whether our last answer to a node may still be on its way."""
+        return now() - self._answered_at.get(origin, -inf) < ARRIVES
 
     def _let_go(self, incoming: Incoming) -> None:
         del self._open[incoming]

@@ -61,6 +61,14 @@ class Exchange:
         """A command came in. False: it is not one of ours."""
         return self.answering.serve(identity, origin, command)
 
+    def is_owed(self, origin: int) -> bool:
+        """Whether a peer has yet to answer a request of ours."""
+        return self.responders.load(origin) > 0
+
+    def owes(self, origin: int) -> bool:
+        """Whether it may not have our answer to a request of its own yet."""
+        return self.answering.owes(origin)
+
     # --- questions -------------------------------------------------------------------------------
 
     def count(self, service: str) -> int:

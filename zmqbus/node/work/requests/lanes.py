@@ -18,9 +18,9 @@ from math import ceil
 from threading import Lock
 from typing import Protocol
 
-from zmqbus.errors import RemoteProtocolError, RequestTimeout, ZmqbusError
+from zmqbus.errors import RemoteProtocolError, RequestTimeout, ResponderLost, ZmqbusError
 from zmqbus.net.clock import now
-from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, POLLIN, POLLOUT, Again, SocketFactory
+from zmqbus.net.sockets import EVENTS, FD, POLLIN, POLLOUT, Again, SocketFactory, plain_recv
 from zmqbus.node.peers.links import Link, putter
 from zmqbus.node.work.requests.answering import Peers
 from zmqbus.node.work.requests.asking import Call, Outcome, outcome_of
@@ -52,32 +52,33 @@ class Lane:
         self._number = 0
         self._socket = factory.dealer()
         factory.connect(self._socket, link.endpoint)
-        self._put = putter(self._socket)
+        self._put, self._take = putter(self._socket), plain_recv(self._socket)
+        self._get = self._socket.get
         self._poll = select.poll()
         self._poll.register(int(self._socket.get(FD)), select.POLLIN)
         self._poll.register(bell, select.POLLIN)
 
-    @property
-    def is_up(self) -> bool:
-        """Whether a request can be sent."""
-        return bool(int(self._socket.get(EVENTS)) & POLLOUT)
+    def send(self, call: Call, me: int) -> bool:
+        """False: it is not connected, or not yet."""
+        self._number += 1
+        request = commands.Request(call.service, call.patience_ms, me)
+        try:
+            self._put(encode_command(request, self._number, call.parts))
+        except Again:
+            return False
+        return True
 
-    def ask(self, call: Call, expires_at: float, me: int, name: str, lanes: Lanes) -> Outcome | commands.Error:
-        """Send a request, and wait for what comes of it. An Error: it was surely not begun with.
+    def wait(self, call: Call, expires_at: float, name: str, lanes: Lanes) -> Outcome | commands.Error:
+        """What comes of what was sent. An Error: it was surely not begun with.
 
         Raises:
             RequestTimeout, NodeClosed: there was no answer; one may yet come, so that this is to be closed.
         """
-        self._number += 1
-        try:
-            self._put(encode_command(commands.Request(call.service, call.patience_ms, me), self._number, call.parts))
-        except Again:
-            return commands.Error("lane", "it is not connected")
         while True:
-            events = int(self._socket.get(EVENTS))
+            events = int(self._get(EVENTS))
             if events & POLLIN:
                 try:
-                    command = decode_command(self._socket.recv_multipart(NOBLOCK))
+                    command = decode_command(self._take())
                 except Again:
                     continue
                 except RemoteProtocolError as error:
@@ -128,23 +129,22 @@ class Lanes:
         origin = responders.choose(call.service, self._can_be_asked)
         if origin is None:
             return None
-        outcome: Outcome | commands.Error | None = None
-        lane = None
-        try:
-            lane = self._take(origin)
+        lane = self._take(origin)
+        if lane is None or not lane.send(call, self._host.origin):
             if lane is not None:
-                name = responders.name(origin)
-                outcome = lane.ask(call, call.expires_at, self._host.origin, name, self)
-        finally:
-            if lane is not None:
-                self._put_back(lane, is_good=outcome is not None and lane.is_up)
-                responders.ended(origin)
-        if lane is None:
+                self._unused(lane)
             call.chosen = origin
             return None
+        name = responders.name(origin)
+        outcome: Outcome | commands.Error | None = None
+        try:
+            outcome = lane.wait(call, call.expires_at, name, self)
+        finally:
+            self._put_back(lane, outcome)
+            responders.ended(origin)
         if not isinstance(outcome, commands.Error):
             return outcome
-        if outcome.code not in ("lane", "hello"):
+        if outcome.code != "hello":  # which is said over the link
             call.tried.add(origin)
             call.refused(outcome, name)
         return None
@@ -185,10 +185,7 @@ class Lanes:
             while idle and idle[-1].link is not link:
                 self._close(idle.pop())
             if idle:
-                if not idle[-1].is_up:
-                    return None
                 self.in_use += 1
-                self.asked += 1
                 return idle.pop()
             if self._number.get(origin, 0) < LANES_MAX:
                 if self._bell is None:
@@ -197,14 +194,25 @@ class Lanes:
                 self._number[origin] = self._number.get(origin, 0) + 1
             return None
 
-    def _put_back(self, lane: Lane, is_good: bool) -> None:
+    def _put_back(self, lane: Lane, outcome: Outcome | commands.Error | None) -> None:
+        """For the next request. None: an answer may yet come, so that it is of no use any more."""
         with self._lock:
             self.in_use -= 1
-            idle = self._idle.get(lane.origin)
-            if is_good and idle is not None and lane.link is self._host.peering.links.get(lane.origin):
-                idle.append(lane)
-            else:
-                self._close(lane)
+            self.asked += 1
+            is_good = outcome is not None and not isinstance(outcome, ResponderLost)
+            self._keep(lane, is_good)
+
+    def _unused(self, lane: Lane) -> None:
+        with self._lock:
+            self.in_use -= 1
+            self._keep(lane, True)
+
+    def _keep(self, lane: Lane, is_good: bool) -> None:
+        idle = self._idle.get(lane.origin)
+        if is_good and idle is not None and lane.link is self._host.peering.links.get(lane.origin):
+            idle.append(lane)
+        else:
+            self._close(lane)
 
     def _close(self, lane: Lane) -> None:
         lane.close()
