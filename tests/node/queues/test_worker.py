@@ -843,8 +843,11 @@ def test_the_node_closes_its_workers(bus: str, owner: ScriptedOwner) -> None:
 # --- owners that go and come -----------------------------------------------------------------------
 
 
-def test_an_owner_that_lost_sight_of_the_worker_is_joined_anew(node: zmqbus.Node, owner: ScriptedOwner) -> None:
-    """What it had given is its own again: what was not begun here never will be."""
+def test_an_owner_that_lost_sight_of_the_worker_is_joined_anew(
+    node: zmqbus.Node, owner: ScriptedOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once. What it had given is its own again: what was not begun here never will be."""
+    monkeypatch.setattr(workers, "ROUND", 1000.0)
     worker = pull(node, owner, credit=4)
     owner.give("in hand", "not begun")
     job = take(worker, 1)[0]
