@@ -237,7 +237,8 @@ class Owner:
                 self._as_queue(self._outlet.publisher(topic, internal=True)).send_without_wait(value, headers)
             except ZmqbusError as error:  # the node may be closing: the message remains
                 self._host.warn(f"{dead.work.line[1]}: no dead letter could be kept ({error}): {dead.reason}")
-                continue
+                if dead.work.line[0] is None:
+                    continue  # it was pushed, and is not done: it remains
             dispatcher.buried(dead)
         queues: dict[str, Queue] = {}
         for work in dispatcher.finished:
