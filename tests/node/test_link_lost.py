@@ -90,6 +90,21 @@ def test_a_peer_that_leaves_is_lost_too(bus: str, node: zmqbus.Node) -> None:
     eventually(lambda: not on_loop(node, lambda: node._engine.guard(peer.origin)))
 
 
+def test_who_is_not_linked_yet_is_guarded_when_he_is(bus: str) -> None:
+    """As a worker may be who asked for jobs before we had dialled him."""
+    alone: dict[str, Any] = {"bus": bus, "discovery": "static"}
+    with zmqbus.Node("a", **alone) as a, zmqbus.Node("b", **alone) as b:
+        lost: list[int] = []
+        a._engine.on_link_lost.append(lost.append)
+        assert not on_loop(a, lambda: a._engine.guard(b.origin))
+        with zmqbus.Node("c", peers=[a.endpoints["inbox"], b.endpoints["inbox"]], **alone):
+            a.wait_for_peers(2, timeout=20)
+            b.wait_for_peers(2, timeout=20)
+            assert lost == []
+            b.close()
+            eventually(lambda: b.origin in lost)
+
+
 def test_hanging_up_is_a_loss_and_without_a_guard_nobody_is_told(
     pair: tuple[zmqbus.Node, zmqbus.Node],
 ) -> None:

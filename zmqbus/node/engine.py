@@ -64,6 +64,7 @@ COMMAND_BYTES_MAX = BODY_BYTES_MAX + 4096  # what the inbox takes: also from a s
 # adapted to their size while in use: libzmq tells a sender of progress each half of the limit, so that after
 # lowering it an empty queue may count as full for ever.
 FRAMES_QUEUED = 64
+WARDS_MAX = 1024  # who asks without being a peer never has a link
 LINGER_MS = 500  # for what the kernel has not taken yet when a node closes
 
 
@@ -89,6 +90,7 @@ class Engine:
         self.on_link_lost: list[Callable[[int], None]] = []
         """Told of a peer, by origin, to which a guarded link was lost: what was in flight, either way, may be lost.
         It may be dead, or there again in a moment, and then it is as if nothing had been."""
+        self._wards: dict[int, None] = {}  # to be guarded when there is a link
         self._loop = loop
         self._in_turns = in_turns
         self._extension = extension
@@ -411,13 +413,21 @@ class Engine:
 
     def introduced(self, origin: int) -> None:
         """A peer answered HELLO."""
+        if origin in self._wards:
+            self.guard(origin)
         self.workers.attend(origin)
 
     def guard(self, origin: int) -> bool:
-        """Have `on_link_lost` told of this peer from now on, until its link is lost for good: ask for it each time that
-        something depends on it. False: nothing can be sent to that peer now."""
+        """Have `on_link_lost` told of this peer from now on, or from when there is a link, until that is lost for good:
+        ask for it each time that something depends on it. False: nothing can be sent to that peer now."""
         link = self.peering.links.get(origin)
-        return link is not None and link.guard()
+        if link is not None:
+            self._wards.pop(origin, None)
+            return link.guard()
+        self._wards[origin] = None
+        if len(self._wards) > WARDS_MAX:
+            del self._wards[next(iter(self._wards))]
+        return False
 
     def link_lost(self, link: Link) -> None:
         """A guarded link broke, or was closed."""

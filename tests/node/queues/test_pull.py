@@ -214,6 +214,30 @@ def test_a_worker_that_is_killed_loses_nothing(bus: str, credit: int | None) -> 
             assert sum(attempts.values()) - attempts[1] <= (credit or 16)
 
 
+AT_ONCE = """
+import os, sys, zmqbus
+with zmqbus.Node("worker", bus=sys.argv[1], discovery="static", peers=[sys.argv[2]]) as node:
+    for job in node.pull("jobs", credit=10):
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("turn", range(5))
+def test_a_worker_that_dies_as_soon_as_it_has_come_is_noticed(bus: str, turn: int) -> None:
+    """Its first job is its end, when hardly anybody knew it."""
+    with zmqbus.Node("owner", bus=bus, discovery="static") as owner, zmqbus.Node("w", bus=bus) as node:
+        owner.push_many("jobs", range(5))
+        died = subprocess.run([sys.executable, "-c", AT_ONCE, bus, owner.endpoints["inbox"]], timeout=60, check=False)
+        assert died.returncode == -9
+        began = time.monotonic()
+        worker = node.pull("jobs")
+        with zmqbus.Node("go-between", bus=bus, peers=[owner.endpoints["inbox"]]):
+            for job in take(worker, 5):
+                job.ack()
+            worker.flush(10)
+        assert time.monotonic() - began < 10, "not by its lease"
+
+
 def test_a_stopped_worker_keeps_nothing_and_is_refused(bus: str) -> None:
     """Its lease runs out meanwhile. When it goes on, what it says late is refused, and it goes on working."""
     with zmqbus.Node("owner", bus=bus) as owner, zmqbus.Node("w", bus=bus) as node:

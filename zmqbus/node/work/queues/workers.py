@@ -315,7 +315,7 @@ class Workers:
     # --- owners --------------------------------------------------------------------------------------
 
     def attend(self, origin: int) -> None:
-        """A peer is there, or has said WELCOME again."""
+        """A peer has joined, or has said WELCOME again."""
         for pull in self._pulls.values():
             self._attend(pull, origin)
 
@@ -332,7 +332,11 @@ class Workers:
 
     def _attend(self, pull: Pull, origin: int) -> None:
         """See to it that an owner knows this worker."""
-        wire: Wire | None = self._within if origin == self._host.origin else self._host.peering.links.get(origin)
+        peering = self._host.peering
+        wire: Wire | None = self._within
+        if origin != self._host.origin:
+            # Only who has come to us, too, would notice soon if this process died.
+            wire = peering.links[origin] if peering.joined(origin) else None
         if wire is None or pull.hand.closed is not None:
             return
         tie = pull.hand.ties.get(origin)
