@@ -85,3 +85,16 @@ def test_what_nobody_can_decode_holds_up_nothing(bench: Bench) -> None:
     bench.push(work(1), bad)
     assert bench.jobs(b"a") == [(1, 1)]
     assert [dead.seq for dead in bench.desk.dispatcher.dead] == [2]
+
+
+def test_a_worker_that_nobody_watches_is_missed_when_there_is_no_way_to_it(bench: Bench) -> None:
+    bench.say(b"a", commands.Join(1, [QUEUE], "workers", 30_000, 1))
+    bench.say(b"b", commands.Join(1, [QUEUE], "workers", 30_000, 1))
+    bench.push(work(1))
+    assert bench.jobs(b"a") == [(1, 1)]
+    bench.unreachable.add(b"a")
+    bench.desk.look(lambda origin: True)  # it would have been told
+    assert len(bench.desk.workers) == 2
+    bench.desk.look(lambda origin: False)
+    assert list(bench.desk.workers) == [(b"b"[0], 1)]
+    assert bench.jobs(b"b") == [(2, 2)]

@@ -327,6 +327,7 @@ class Queues:
 
     def _look(self) -> None:
         self._timer = self._loop.call_later(PERIOD, self._look)
+        self._desk.look(self._engine.guard)
         self._stock.muster(self._desk.teams)
         self._stock.look()
         if self._rivals.tick(now()):

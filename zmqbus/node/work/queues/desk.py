@@ -146,6 +146,22 @@ class Desk:
         if gone:
             self.deliver()
 
+    def look(self, guard: Callable[[int], bool]) -> None:
+        """Now and then. `guard`: have it told when the connection to a node breaks; False: it cannot be, for now.
+
+        Who took jobs and died before it was met the other way round as well is never missed as a peer. That there is no
+        way to it any more shows when it is sent something: a JOB of nothing will do.
+        """
+        gone = [
+            worker
+            for worker, joined in self.workers.items()
+            if joined.identity and not guard(worker[0]) and not self._send_job(worker, [], [])
+        ]
+        for worker in gone:
+            self.leave(worker, GONE)
+        if gone:
+            self.deliver()
+
     # --- what they are sent ------------------------------------------------------------------------
 
     def deliver(self) -> None:

@@ -213,6 +213,7 @@ class Owner:
 
     def look(self) -> None:
         """Now and then: groups without workers come to an end."""
+        self._desk.look(self._host.guard)
         present = self._desk.teams
         for team in self._groups:
             if team not in present and team not in self._farewells:
