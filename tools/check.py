@@ -24,7 +24,7 @@ def main() -> int:
         ("ruff", "format", "--check", *paths),
         ("ruff", "check", *paths),
         ("mypy", "--strict", "-p", "zmqbus"),
-        ("pytest", "-q", "-n", "2", "--dist", "loadfile"),  # most of its time is spent waiting
+        ("pytest", "-q", "-n", "3", "--dist", "loadfile"),  # most of its time is spent waiting
     ]
     failed = [" ".join(step) for step in steps if not run(*step)]
     for step in failed:
