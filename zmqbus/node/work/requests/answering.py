@@ -8,6 +8,7 @@ taken and has not ended is bounded, by number for each responder and by bytes fo
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from math import inf
@@ -73,22 +74,22 @@ class Incoming:
         self._answer(body, parts)
 
 
-class Responder:
+class Responder(ABC):
     """Takes the requests for one service, until it is stopped."""
 
     def __init__(self, service: str) -> None:
         self.service = service
         self.unanswered = 0  # what it has taken
 
+    @abstractmethod
     def take(self, incoming: Incoming) -> None:
         """See to it that this is answered. On the loop."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> list[Incoming]:
         """No more will come. Returns what has not been begun with. On the loop."""
-        raise NotImplementedError
 
-    def abandon(self) -> None:
+    def abandon(self) -> None:  # noqa: B027 (few have anything to do)
         """What has been begun with is not waited for any longer. On the loop."""
 
 
