@@ -20,6 +20,7 @@ import zmqbus
 
 POLL = 0.2  # seconds
 TAIL = 64  # bytes before our place, by which we see that the file is still the same
+BLOCK = 1024 * 1024  # bytes read at a time
 
 
 def wait_for(path: Path) -> BinaryIO:
@@ -31,41 +32,43 @@ def wait_for(path: Path) -> BinaryIO:
             time.sleep(POLL)
 
 
-def read_lines(file: BinaryIO) -> Iterator[str]:
-    """The whole lines from our place on; one that is still being written is left for later."""
-    while (line := file.readline()).endswith(b"\n"):
-        yield line.decode(errors="replace").rstrip("\r\n")
-    file.seek(-len(line), os.SEEK_CUR)
-
-
-def tail(file: BinaryIO) -> bytes:
-    """What stands before our place."""
-    place = file.tell()
-    return os.pread(file.fileno(), min(place, TAIL), max(0, place - TAIL))
+def end_of(file: BinaryIO) -> tuple[int, bytes]:
+    """A place in the file, and what stands before it."""
+    size = os.fstat(file.fileno()).st_size
+    return size, os.pread(file.fileno(), min(size, TAIL), max(0, size - TAIL))
 
 
 def follow(path: Path) -> Iterator[str]:
-    """Lines as they are appended. When the file is rotated or truncated, what is new is read from its beginning."""
+    """Whole lines as they are appended. When the file is rotated or truncated, what is new is read from its beginning.
+
+    What stands before our place is read anew each time, together with what comes after it: if it is not the same any
+    more, the file was truncated, and perhaps written to again.
+    """
     was_there = path.exists()
     file = wait_for(path)
-    if was_there:
-        file.seek(0, os.SEEK_END)
-    before = tail(file)
+    place, before = end_of(file) if was_there else (0, b"")
+    last = False  # another file has taken its place: what it has is all that there will be
     while True:
-        if tail(file) != before:  # truncated, and perhaps written to again
-            file.seek(0)
-        yield from read_lines(file)
-        before = tail(file)
-        time.sleep(POLL)
-        try:
-            rotated = not os.path.samestat(path.stat(), os.fstat(file.fileno()))
-        except FileNotFoundError:  # moved away; until there is a new one, the old one may still grow
-            rotated = False
-        if rotated:
-            yield from read_lines(file)
+        data = os.pread(file.fileno(), len(before) + BLOCK, place - len(before))
+        if not data.startswith(before):
+            place, before = 0, b""
+            continue
+        data = data[len(before) :]
+        if len(data) < BLOCK or b"\n" in data:  # else it is a very long line, which is cut
+            data = data[: data.rfind(b"\n") + 1]
+        if data:
+            for line in data.removesuffix(b"\n").split(b"\n"):
+                yield line.decode(errors="replace").rstrip("\r")
+            place, before = place + len(data), (before + data)[-TAIL:]
+            continue
+        if last:
             file.close()
             file = wait_for(path)
-            before = b""
+            place, before, last = 0, b"", False
+            continue
+        time.sleep(POLL)
+        with contextlib.suppress(FileNotFoundError):  # moved away; until there is a new one, the old one may still grow
+            last = not os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
 
 def main() -> None:

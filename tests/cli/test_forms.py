@@ -275,7 +275,7 @@ def strict_json(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(VALUES, st.none() | st.dictionaries(st.text(), VALUES, max_size=2), st.text(), st.text())
 def test_any_message_is_one_printable_line_of_json_that_reads_back(
     value: Any, headers: Any, topic: str, node: str
@@ -290,7 +290,7 @@ def test_any_message_is_one_printable_line_of_json_that_reads_back(
     assert same(parse_value(value_to_json(value), True), value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text() | VALUES.map(value_to_json) | st.binary().map(lambda data: data.decode("utf-8", "surrogateescape")))
 def test_any_text_is_a_value_or_a_parse_error(text: str) -> None:
     try:
@@ -461,7 +461,7 @@ def test_parse_size_refuses(text: str, reason: str) -> None:
     assert caught.value.what == "size"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(max_size=30) | st.from_regex(r"[0-9.]{1,25}\s?[kKmMgGtTiIbBsdhwu]{0,3}", fullmatch=True))
 def test_any_text_is_a_number_in_range_or_a_parse_error(text: str) -> None:
     for parse, limit in ((parse_duration, DURATION_S_MAX), (parse_size, SIZE_BYTES_MAX)):

@@ -172,7 +172,7 @@ VALUES = st.recursive(
 TEXTS = st.text() | st.lists(st.sampled_from(HOSTILE)).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(VALUES, st.integers(1, 60))
 def test_compact_is_printable_and_within_its_limit(value: Any, limit: int) -> None:
     whole, cut = compact(value), compact(value, limit)
@@ -328,7 +328,7 @@ def test_dump_stands_in_place_of_the_value() -> None:
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(VALUES, TEXTS, TEXTS.filter(bool), st.integers(1, 200) | st.none(), st.booleans())
 def test_no_message_can_steer_the_terminal(value: Any, topic: str, node: str, width: int | None, dump: bool) -> None:
     rendered = line(width, dump=dump).render(fields(value, topic=topic, node=node))
@@ -452,7 +452,7 @@ SPECS = st.sampled_from(
 PATHS = st.sampled_from(["", ".a", "[a b]", ".0", "[-1]", ".a.b", "['x'][0]"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.text(max_size=20)
     | st.lists(st.builds("{{{}{}:{}}}".format, st.sampled_from(list(FIELDS)), PATHS, SPECS), max_size=3).map("".join),

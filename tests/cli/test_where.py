@@ -452,7 +452,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.text(max_size=40) | st.lists(TOKENS, max_size=12).map(" ".join) | st.lists(TOKENS, max_size=12).map("".join),
     VALUES,
@@ -483,7 +483,7 @@ EXPRESSIONS = st.recursive(
 ).filter(lambda text: len(text) <= TEXT_CHARS_MAX)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(EXPRESSIONS, VALUES | st.dictionaries(st.sampled_from(["a", "a b"]), VALUES))
 def test_any_well_formed_expression_answers_for_any_value(text: str, value: Any) -> None:
     test = compile_where(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from zmqbus.errors import SetupError
@@ -80,7 +80,6 @@ KEYS = st.sampled_from([b"txtvers", b"id", b"pub", b"pv", b"bus", b"epoch", b"ot
 VALUES = st.none() | st.binary(max_size=30) | st.text("0123456789abcdef", max_size=21).map(str.encode)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.dictionaries(KEYS, VALUES), st.integers(0, 0xFFFF), st.lists(st.ip_addresses(v=4).map(str), max_size=40))
 def test_nothing_from_the_network_gets_past_its_limits(
     fields: dict[bytes, bytes | None], port: int, addresses: list[str]

@@ -383,8 +383,8 @@ def test_who_is_gone_reads_no_more(forwarder: Running, writer: zmqbus.Node, bus:
 
     with zmqbus.Node("leaves", bus=bus) as node:
         known_to(node)
-        node.subscribe("a", durable="left")
-        assert held() == {"left": True}
+        subscription = node.subscribe("a", durable="left")
+        assert held() == {"left": True}, subscription  # which would close itself if nothing referred to it
     eventually(lambda: held() == {"left": False})
     program = (
         "import sys, zmqbus\n"

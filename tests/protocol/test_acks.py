@@ -442,7 +442,7 @@ class Model:
 
 
 @given(seed=st.integers(0, 2**32), acks=st.sampled_from([1, 1, 2, 3]))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_ledger_against_a_naive_model(seed: int, acks: int) -> None:
     random = Random(seed)
     cost = ENTRY_BYTES + 20
@@ -516,7 +516,7 @@ def test_ledger_against_a_naive_model(seed: int, acks: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32), history=st.sampled_from([0, 2, 10]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_what_is_claimed_and_not_acknowledged_is_there(seed: int, history: int) -> None:
     """From the claim on: whatever else is published, and however little the history holds."""
     random = Random(seed)

@@ -61,7 +61,7 @@ def call(m: Membership, step: tuple[Any, ...], now: float) -> Outputs:
     raise AssertionError(step)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(STEPS, max_size=60), st.lists(ENDPOINTS, max_size=2), st.randoms(use_true_random=False))
 def test_in_any_order_of_events_the_rules_hold(
     steps: list[tuple[Any, ...]], seeds: list[str], rng: random.Random
@@ -301,7 +301,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 1000), st.lists(ACTIONS, max_size=25))
 def test_whatever_happened_all_find_each_other_in_the_end(seed: int, actions: list[tuple[Any, ...]]) -> None:
     bus = SimulatedBus(seed, loss=0.1)

@@ -829,7 +829,7 @@ def test_seeds(chunk: int) -> None:
 
 
 @given(st.randoms(use_true_random=False), st.sampled_from([20, 60]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_lives_that_can_be_shrunk(random: Random, steps: int) -> None:
     simulate(random, steps)
 

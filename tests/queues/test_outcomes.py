@@ -145,7 +145,7 @@ def test_a_storm_of_workers_that_come_and_go_does_each_job_once(place: Place) ->
     def storm(node: zmqbus.Node, rng: Random) -> None:
         while done.total() < 2000:
             with node.pull("jobs", credit=rng.choice((None, 1, 10, 500))) as worker:
-                for _ in range(rng.choice((0, 1, 5, 50, 200))):
+                for _ in range(rng.choice((0, 1, 5, 20, 50))):
                     job = worker.get(0.02)
                     if job is not None:
                         with turn:
@@ -161,7 +161,7 @@ def test_a_storm_of_workers_that_come_and_go_does_each_job_once(place: Place) ->
             future.result(60)
     assert done == Counter(range(2000))
     assert attempts == Counter({1: 2000})
-    assert sessions["all"] > 20
+    assert sessions["all"] >= 2000 / 50
 
 
 def test_fifty_producers_are_served_side_by_side(place: Place) -> None:

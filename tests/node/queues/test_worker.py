@@ -706,12 +706,12 @@ def test_what_is_acknowledged_while_a_worker_ends(node: zmqbus.Node, owner: Scri
 
     def work() -> None:
         for job in jobs:
-            time.sleep(0.005)
+            time.sleep(0.06)
             job.ack()
 
     thread = threading.Thread(target=work)
     thread.start()
-    worker.close(0.1)
+    worker.close(2.0)  # half a second of that is the owner's, to answer
     thread.join()
     owner.wait_for(lambda: owner.of(commands.Leave))
     failed = set(covered([job for fail in owner.of(commands.Fail) for job in fail.jobs]))

@@ -192,9 +192,7 @@ class Life(RuleBasedStateMachine):
             self.pair.to_the_end()
 
 
-THOROUGH = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck), database=None
-)
+THOROUGH = settings(max_examples=150, stateful_step_count=60, suppress_health_check=list(HealthCheck), database=None)
 
 
 @pytest.mark.timeout(600)  # it takes seconds, but when it fails the shortest sequence is worth the wait
