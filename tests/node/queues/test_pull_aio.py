@@ -273,13 +273,13 @@ def test_the_loop_has_its_turns_while_there_is_much_to_do(bus: str) -> None:
     async def main() -> None:
         async with two(bus) as (a, b):
             await a.push_many("jobs", range(100_000))
-            longest, last, done = 0.0, time.monotonic(), 0
+            longest, last, done = 0.0, time.thread_time(), 0
 
             async def beat() -> None:
                 nonlocal longest, last
                 while True:
                     await asyncio.sleep(0)
-                    longest = max(longest, -last + (last := time.monotonic()))
+                    longest = max(longest, -last + (last := time.thread_time()))
 
             async with b.pull("jobs") as worker:
                 task = asyncio.create_task(beat())

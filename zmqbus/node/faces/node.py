@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from zmqbus.errors import NodeClosed, SetupError
 from zmqbus.net.keys import BusKey
+from zmqbus.net.loops import new_loop
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import EventStream, TopicInfo, Undelivered
@@ -85,7 +86,7 @@ class Node(Requesting):
             name, bus, key, interface, peers, discovery, history_bytes, buffer_bytes, acks, outbox, outbox_bytes
         )
         self._closed = True  # until it is open
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_loop()
         self._engine = Engine(config, self._loop)
         self._thread = threading.Thread(target=self._run, name=f"zmqbus {config.name}", daemon=True)
         self._thread.start()
