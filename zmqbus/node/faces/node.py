@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from zmqbus.errors import NodeClosed, SetupError
+from zmqbus.net.adapter import new_loop
 from zmqbus.net.keys import BusKey
-from zmqbus.net.loops import new_loop
 from zmqbus.node.config import Config
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import EventStream, TopicInfo, Undelivered
