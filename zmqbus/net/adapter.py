@@ -14,12 +14,17 @@ is not lost either, `drain` is called for that too.
 
 The watch does not know what is received: `drain` does. Runs on the loop's thread only. Close the watch before its
 socket: a closed socket's FD number may already belong to somebody else.
+
+Other threads may use the socket, if each use, by whomever, holds one and the same lock. What they do takes signals,
+too: afterwards they call `check_from_afar()`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
+from threading import Lock
 
 import zmq
 
@@ -54,10 +59,18 @@ class FdWatch:
     An exception in `drain` goes to the loop's exception handler; the watch lives on and calls `drain` again.
     """
 
-    __slots__ = ("_again", "_closed", "_drain", "_fd", "_loop", "_socket", "_writable")
+    __slots__ = ("_again", "_closed", "_drain", "_fd", "_lock", "_loop", "_socket", "_writable")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes], drain: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        socket: zmq.Socket[bytes],
+        drain: Callable[[], bool],
+        lock: Lock | None = None,
+    ) -> None:
+        """`lock`: of the socket, where other threads use it as well. Not held when `drain` is called."""
         self._loop = loop
+        self._lock = lock or Lock()
         self._socket = socket
         self._drain = drain
         self._closed = False
@@ -71,6 +84,14 @@ class FdWatch:
         """Call after every send, connect or other use of the socket outside `drain`. About 3 µs."""
         if self._again is None and not self._closed and self._stirred():
             self._again = self._loop.call_soon(self._run)
+
+    def check_from_afar(self) -> None:
+        """The same after a use by another thread, which does not hold the lock any more."""
+        with contextlib.suppress(zmq.ZMQError, RuntimeError):  # it, or the loop, has been closed
+            with self._lock:
+                stirred = int(self._socket.getsockopt(_EVENTS)) & _POLLIN
+            if stirred:
+                self._loop.call_soon_threadsafe(self.check)
 
     def close(self) -> None:
         """Stop watching. May be called twice. The socket is the caller's to close, after this."""
@@ -112,7 +133,8 @@ class FdWatch:
     def _stirred(self) -> bool:
         """Look: is there something to receive, or has the socket become writable since the last look?"""
         try:
-            events = int(self._socket.getsockopt(_EVENTS))
+            with self._lock:
+                events = int(self._socket.getsockopt(_EVENTS))
         except zmq.ZMQError as error:  # the socket was closed, or its context terminated, under us
             self.close()
             self._report("socket closed before its watch", error)

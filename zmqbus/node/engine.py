@@ -363,7 +363,7 @@ class Engine:
     def answer(self, identity: bytes, body: Body, request: int, parts: Sequence[bytes]) -> bool:
         """Send to whoever asked; b"" is one of our own workers."""
         if not identity:
-            self._loop.call_soon(self.workers.local, Command(request, body, list(parts)))
+            self.soon(self.workers.local, Command(request, body, list(parts)))
             return True
         return self._inbox is not None and self._inbox.answer(identity, body, request, parts)
 

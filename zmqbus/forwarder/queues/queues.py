@@ -70,7 +70,7 @@ class Queues:
         self._stopped = self._closed = False
         self._scribe = Scribe(journal, committer, loop, warn, on_failure)
         self._graves = Graves(journal, engine, dead_claims(claims), warn, self._buried)
-        self._desk = desk = Desk(loop, engine.answer, self._outcome)
+        self._desk = desk = Desk(engine, loop, self._outcome)
         self._dispatcher = desk.dispatcher
         desk.settle = self._settle
         self._stock = stock = Stock(journal, reading, desk.dispatcher, warn, self._give_out)

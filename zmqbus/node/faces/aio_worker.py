@@ -122,6 +122,7 @@ class AsyncWorker:
 
     async def _join(self) -> Hand:
         credit, lease, value_type, start = self._asked
+        takers = self._takers
         self._hand = await self._node._at_home().workers.open(
             self._queue,
             group=self._group,
@@ -129,8 +130,9 @@ class AsyncWorker:
             lease=lease,
             value_type=value_type,
             start=start,
-            wake=self._takers.ring,
+            wake=takers.ring,
         )
+        self._hand.is_awaited = lambda: bool(takers.waiting)
         return self._hand
 
     async def _opened(self) -> AsyncWorker:

@@ -1,7 +1,8 @@
 """Commands on the wire: a `Link` is the DEALER to one peer's inbox, the `Inbox` our own ROUTER.
 
 A link asks and gets answers, an inbox is asked and answers. What a command *means* is not known here. All of it runs
-on the engine's loop.
+on the engine's loop, but `Link.say` and `Inbox.answer`, which any thread may call: to wake the loop for them would take
+about as long as the way to the peer. So each use of a socket holds its lock.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import errno
 from collections.abc import Callable, Sequence
 from math import inf
+from threading import Lock, get_ident
 
 from zmqbus.errors import RemoteProtocolError, ZmqbusError
 from zmqbus.net.adapter import FdWatch
@@ -81,6 +83,8 @@ class Link:
         self._guarded = False
         self._broken_off_at = -inf
         self._socket = factory.dealer()
+        self._lock = Lock()
+        self._home = get_ident()
         self._put, self._take = putter(self._socket), plain_recv(self._socket)
         self._monitor: Socket | None = None
         self._monitor_watch: FdWatch | None = None
@@ -91,14 +95,15 @@ class Link:
         except ZmqbusError:
             self._close_socket(0)
             raise
-        self._watch = FdWatch(loop, self._socket, self._drain)
+        self._watch = FdWatch(loop, self._socket, self._drain, self._lock)
         if self._monitor is not None:
             self._monitor_watch = FdWatch(loop, self._monitor, self._drain_monitor)
 
     @property
     def is_connected(self) -> bool:
         """Whether something could be sent to the peer now."""
-        writable = bool(int(self._socket.get(EVENTS)) & POLLOUT)
+        with self._lock:
+            writable = bool(int(self._socket.get(EVENTS)) & POLLOUT)
         self._watch.check()  # looking at EVENTS takes the signal of what has arrived
         return writable
 
@@ -122,7 +127,8 @@ class Link:
         if self._socket.closed:
             return False
         if self._monitor is None:
-            self._monitor = self._factory.handshake_monitor(self._socket, outcome=True)
+            with self._lock:
+                self._monitor = self._factory.handshake_monitor(self._socket, outcome=True)
             self._monitor_watch = FdWatch(self._loop, self._monitor, self._drain_monitor)
         self._guarded = True
         return self.is_connected  # looked at last: a connection that broke just before the monitor stood shows here
@@ -151,7 +157,8 @@ class Link:
         return number
 
     def say(self, body: Body, number: int) -> bool:
-        """Say something about what is followed, so that objections come to it. False: the peer cannot be reached."""
+        """Say something about what is followed, so that objections come to it. Any thread. False: the peer cannot be
+        reached."""
         return self._send(encode_command(body, number))
 
     def unfollow(self, number: int) -> None:
@@ -186,21 +193,23 @@ class Link:
             self._on_lost(self)
 
     def _close_socket(self, linger_ms: int) -> None:
-        if self._monitor is None:
-            self._socket.close(linger_ms)
-        else:
-            self._socket.set(LINGER, linger_ms)
-            self._factory.close_monitored(self._socket, self._monitor)
+        with self._lock:
+            if self._monitor is None:
+                self._socket.close(linger_ms)
+            else:
+                self._socket.set(LINGER, linger_ms)
+                self._factory.close_monitored(self._socket, self._monitor)
 
     def _send(self, parts: Sequence[bytes]) -> bool:
-        if self._socket.closed:
-            return False
         try:
-            self._put(parts)
+            with self._lock:
+                if self._socket.closed:
+                    return False
+                self._put(parts)
         except Again:
             return False
         finally:
-            self._watch.check()
+            _check(self._watch, self._home)
         return True
 
     def _answered(self, number: int, command: Command | None) -> bool:
@@ -222,10 +231,11 @@ class Link:
         for _ in range(DRAIN_MAX):
             # libzmq looks for news of the connection at every 100th part it hands out. Between two parts of a message
             # the news that it is gone, which drops the rest (IMMEDIATE), would abort this process: have it look now.
-            if not int(self._socket.get(EVENTS)) & POLLIN:
-                return False
             try:
-                parts = self._take()
+                with self._lock:
+                    if not int(self._socket.get(EVENTS)) & POLLIN:
+                        return False
+                    parts = self._take()
             except Again:
                 return False
             try:
@@ -288,31 +298,37 @@ class Inbox:
         on_garbage: Callable[[RemoteProtocolError], None],
     ) -> None:
         self._socket = socket
+        self._lock = Lock()
+        self._home = get_ident()
         self._on_command = on_command
         self._on_garbage = on_garbage
         self._put, self._take = putter(socket), plain_recv(socket)
         self._draining = False
-        self._watch = FdWatch(loop, socket, self._drain)
+        self._watch = FdWatch(loop, socket, self._drain, self._lock)
 
     def answer(self, identity: bytes, body: Body, request: int, batches: Sequence[bytes] = ()) -> bool:
-        """Send to whoever asked. False: gone, or not reading its answers; it will ask again if it still wants to."""
-        if self._socket.closed:
-            return False  # what waited for a disk may come late
+        """Send to whoever asked. Any thread. False: gone, or not reading its answers; it will ask again if it still
+        wants to."""
+        parts = [identity, *encode_command(body, request, batches)]
         try:
-            self._put([identity, *encode_command(body, request, batches)])
+            with self._lock:
+                if self._socket.closed:
+                    return False  # what waited for a disk may come late
+                self._put(parts)
         except Refused as error:
             if error.errno not in (errno.EAGAIN, errno.EHOSTUNREACH):
                 raise
             return False
         finally:
             if not self._draining:  # that looks again
-                self._watch.check()
+                _check(self._watch, self._home)
         return True
 
     def close(self, linger_ms: int) -> None:
         """Stop listening. The socket is closed as well; what it was given is still sent for `linger_ms`."""
         self._watch.close()
-        self._socket.close(linger_ms)
+        with self._lock:
+            self._socket.close(linger_ms)
 
     def _drain(self) -> bool:
         self._draining = True
@@ -323,10 +339,11 @@ class Inbox:
 
     def _take_in(self) -> bool:
         for _ in range(DRAIN_MAX):
-            if not int(self._socket.get(EVENTS)) & POLLIN:  # half of what it costs to have `recv` raise
-                return False
             try:
-                identity, *parts = self._take()
+                with self._lock:
+                    if not int(self._socket.get(EVENTS)) & POLLIN:  # half of what it costs to have `recv` raise
+                        return False
+                    identity, *parts = self._take()
             except Again:
                 return False
             try:
@@ -340,6 +357,14 @@ class Inbox:
                 continue
             self._on_command(identity, command)
         return True
+
+
+def _check(watch: FdWatch, home: int) -> None:
+    """After a use of its socket, by whichever thread."""
+    if get_ident() == home:
+        watch.check()
+    else:
+        watch.check_from_afar()
 
 
 def putter(socket: Socket) -> Callable[[Sequence[bytes]], None]:

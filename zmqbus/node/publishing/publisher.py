@@ -54,10 +54,13 @@ class Keeper(Protocol):
 
 
 class Jobs(Protocol):
-    """Gives what is published to workers. Under the lock."""
+    """Gives what is published to workers."""
 
-    def add(self, publisher: Publisher, first: int, count: int, time_ns: int, parts: tuple[bytes, ...]) -> None:
-        """A batch was sent."""
+    def add(self, publisher: Publisher, parts: tuple[bytes, ...], at_once: bool) -> None:
+        """A batch was sent. Under the lock. `at_once`: `hand_out` follows."""
+
+    def hand_out(self) -> None:
+        """Give out what there is."""
 
 
 class Streams(Protocol):
@@ -245,9 +248,11 @@ class Publisher(Ring):
                 header = frames.HEADER.pack(frames.VERSION, frames.DATA, self.flags, 1, out.origin, seq, time)
                 parts = (self.prefix + header + encode_values((item,)),)
                 out.broadcast.send(parts)
-                self._transmitted(parts, len(parts[0]), 1, time)
+                self._transmitted(parts, len(parts[0]), 1, time, True)
             else:
                 self._put(seq, item, size)
+        if self.jobs is not None:
+            self.jobs.hand_out()
         if out.backlog or out.history.full:
             out.make_room(self if patient else None)
         return seq
@@ -400,7 +405,7 @@ class Publisher(Ring):
         out.broadcast.send(parts)
         self._transmitted(parts, len(frame) + len(payload), count, time)
 
-    def _transmitted(self, parts: tuple[bytes, ...], size: int, count: int, time: int) -> None:
+    def _transmitted(self, parts: tuple[bytes, ...], size: int, count: int, time: int, at_once: bool = False) -> None:
         """The next `count` messages were sent. All that need not be done before is done here."""
         out = self._out
         first = self.sent + 1
@@ -410,7 +415,7 @@ class Publisher(Ring):
         if self.kept and out.outbox is not None:
             out.outbox.add(self, first, count, time, parts)
         if self.jobs is not None:
-            self.jobs.add(self, first, count, time, parts)
+            self.jobs.add(self, parts, at_once)
         if size >= BALLAST_BYTES:
             ballast = (frames.encode_frame(self.prefix, frames.BALLAST, 0, 0, out.origin, 0, time),)
             for _ in range(size // BALLAST_BYTES):

@@ -292,6 +292,13 @@ class Dispatcher:
             self._lines[delivery.work.line].redelivered -= count
         self.give_back(delivery.worker, delivery.number, delivery.first, delivery.last, now)
 
+    def unfit(self, delivery: Delivery, now: float, reason: str) -> None:
+        """It cannot be sent to anybody: dead, as if it had not been taken."""
+        member = self._members.get(delivery.worker)
+        if member is not None and delivery.number in member.held:
+            member.sent -= delivery.todo.bit_count()
+            self.reject(delivery.worker, delivery.number, delivery.first, delivery.last, now, reason)
+
     def buried(self, dead: Dead) -> None:
         """Its dead letter is kept: now the message is settled."""
         work = dead.work

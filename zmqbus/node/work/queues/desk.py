@@ -1,14 +1,17 @@
 """Where an owner's workers are served: what they say goes to the dispatcher, what it decides goes to them.
 
 Both owners have one: the publisher, and the forwarder. They add what there is to do, and see to what became of it;
-`on_outcome` is called after each change. On the engine's loop.
+`on_outcome` is called after each change. All of it runs on the engine's loop, but `deliver`: whoever holds the `gate`
+may add something to the dispatcher and deliver it. What else that leads to is done on the loop, soon.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from math import inf
+from threading import RLock
+from typing import NamedTuple, Protocol
 
 from zmqbus.errors import RemoteProtocolError, TopicError
 from zmqbus.net.clock import now
@@ -28,8 +31,16 @@ Worker = tuple[int, int]
 """Origin, and its number there."""
 Jobs = Sequence[tuple[int, int, int]]
 """Delivery, first and last seq of each."""
-Answer = Callable[[bytes, Body, int, Sequence[bytes]], bool]
-"""Sends to an identity, in answer to a request. False: it cannot be reached."""
+
+
+class Host(Protocol):
+    """What is needed of the engine. Any thread."""
+
+    def answer(self, identity: bytes, body: Body, request: int, parts: Sequence[bytes]) -> bool:
+        """Send to a worker; b"" is one of our own. False: it cannot be reached."""
+
+    def soon(self, work: Callable[..., object], *arguments: object) -> None:
+        """Do this on the loop."""
 
 
 class Joined(NamedTuple):
@@ -43,16 +54,20 @@ class Joined(NamedTuple):
 class Desk:
     """Serves workers."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, answer: Answer, on_outcome: Callable[[], None]) -> None:
+    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop, on_outcome: Callable[[], None]) -> None:
         self.dispatcher = Dispatcher()
+        self.gate = RLock()
+        """Held by whoever is at the dispatcher, or at what depends on it."""
         self.workers: dict[Worker, Joined] = {}
         self.settle: Callable[[Joined, commands.Settled], None] = self.say_settled
         """To be replaced by who has to write it down first."""
         self._loop = loop
-        self._answer = answer
+        self._answer = host.answer
+        self._soon = host.soon
         self._on_outcome = on_outcome
         self._timer: asyncio.TimerHandle | None = None
-        self._soon: asyncio.Handle | None = None
+        self._due = inf  # when the timer goes off, or is about to be set to
+        self._goes_on = False
         self._closed = False
 
     @property
@@ -65,18 +80,18 @@ class Desk:
     def serve(self, identity: bytes, origin: int, command: Command) -> bool:
         """A command of a worker. False: it is none."""
         body = command.body
-        if isinstance(body, commands.Join):
-            self._join(identity, (origin, body.id), command.request, body)
-        elif isinstance(body, commands.Done | commands.Fail | commands.Extend | commands.Leave):
-            worker = (origin, body.id)
+        if not isinstance(body, commands.Join | commands.Done | commands.Fail | commands.Extend | commands.Leave):
+            return False
+        worker = (origin, body.id)
+        with self.gate:
             joined = self.workers.get(worker)
-            if joined is not None and joined.identity == identity:
+            if isinstance(body, commands.Join):
+                self._join(identity, worker, command.request, body)
+            elif joined is not None and joined.identity == identity:
                 self._hear(worker, joined, body)
             elif not isinstance(body, commands.Leave):
                 error = Error("worker", f"there is no worker {body.id} of yours: JOIN first")
                 self._answer(identity, error, command.request, ())
-        else:
-            return False
         return True
 
     def _hear(self, worker: Worker, joined: Joined, body: Body) -> None:
@@ -134,9 +149,10 @@ class Desk:
 
     def leave(self, worker: Worker, reason: str | None) -> None:
         """A worker is no longer there; without a reason, it said so itself."""
-        if self.workers.pop(worker, None) is not None:
-            self.dispatcher.leave(worker, now(), reason)
-            self._on_outcome()
+        with self.gate:
+            if self.workers.pop(worker, None) is not None:
+                self.dispatcher.leave(worker, now(), reason)
+                self._on_outcome()
 
     def lost(self, origin: int) -> None:
         """All the workers of a node are gone."""
@@ -165,32 +181,45 @@ class Desk:
     # --- what they are sent ------------------------------------------------------------------------
 
     def deliver(self) -> None:
-        """Send what may be sent, and see to the next time."""
-        if self._closed:
-            return
-        deliveries = self.dispatcher.take(now(), TAKE)
-        by_worker: dict[Worker, list[Delivery]] = {}
-        for delivery in deliveries:
-            worker: Worker = delivery.worker  # type: ignore[assignment]  # ours
-            by_worker.setdefault(worker, []).append(delivery)
-        for worker, theirs in by_worker.items():
-            self._send(worker, theirs)
-        if len(deliveries) == TAKE and self._soon is None:
-            self._soon = self._loop.call_soon(self._go_on)
-        if self._timer is not None:
-            self._timer.cancel()
-        due = self.dispatcher.next_timer()
-        self._timer = None if due is None else self._loop.call_later(max(0.0, due - now()), self._tick)
+        """Send what may be sent, and see to the next time. Any thread."""
+        with self.gate:
+            if self._closed:
+                return
+            deliveries = self.dispatcher.take(now(), TAKE)
+            by_worker: dict[Worker, list[Delivery]] = {}
+            for delivery in deliveries:
+                worker: Worker = delivery.worker  # type: ignore[assignment]  # ours
+                by_worker.setdefault(worker, []).append(delivery)
+            for worker, theirs in by_worker.items():
+                self._send(worker, theirs)
+            if len(deliveries) == TAKE and not self._goes_on:
+                self._goes_on = True
+                self._soon(self._go_on)
+            due = self.dispatcher.next_timer()
+            if due is not None and due < self._due:  # one that goes off too soon is set anew then
+                self._due = due
+                self._soon(self._set_timer)
 
     def _go_on(self) -> None:
-        self._soon = None
+        self._goes_on = False
         self.deliver()
 
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._closed and self._due < inf:
+            self._timer = self._loop.call_later(max(0.0, self._due - now()), self._tick)
+
     def _tick(self) -> None:
-        self._timer = None
-        self.dispatcher.tick(now())
-        self._on_outcome()
-        self.deliver()
+        with self.gate:
+            self._timer, self._due = None, inf
+            self.dispatcher.tick(now())
+            self._see_to_it()
+
+    def _see_to_it(self) -> None:
+        with self.gate:
+            self._on_outcome()
+            self.deliver()
 
     def _send(self, worker: Worker, deliveries: list[Delivery]) -> None:
         going: list[Delivery] = []
@@ -200,21 +229,26 @@ class Desk:
             try:
                 batch = cut_batch(delivery.work.batch, delivery.first, delivery.last)
             except RemoteProtocolError as error:  # whoever sent it: nobody can do it
-                self.dispatcher.reject(worker, delivery.number, delivery.first, delivery.last, now(), str(error))
-                self._loop.call_soon(self._on_outcome)
+                self.dispatcher.unfit(delivery, now(), str(error))
+                self._soon(self._see_to_it)
             else:
                 going.append(delivery)
                 parts += batch.parts
                 size += batch.size
             if going and (size >= JOB_BYTES or at == len(deliveries) - 1):
                 if not self._send_job(worker, going, parts):
-                    # It reads nothing, or is no longer there: should it be back, it is told to JOIN again. What it has
-                    # is not known to be unbegun; perhaps that is what it died of.
                     for unsent in (*going, *deliveries[at + 1 :]):
                         self.dispatcher.unsent(unsent, now())
-                    self.leave(worker, GONE)
+                    self._soon(self._unreachable, worker, self.workers[worker])
                     return
                 going, parts, size = [], [], 0
+
+    def _unreachable(self, worker: Worker, joined: Joined) -> None:
+        """It reads nothing, or is no longer there: should it be back, it is told to JOIN again. What it has is not
+        known to be unbegun; perhaps that is what it died of."""
+        if self.workers.get(worker) is joined:
+            self.leave(worker, GONE)
+            self.deliver()
 
     def _send_job(self, worker: Worker, deliveries: list[Delivery], parts: list[bytes]) -> bool:
         joined = self.workers[worker]
@@ -225,6 +259,8 @@ class Desk:
 
     def figures(self) -> list[QueueFigures]:
         """For STATISTICS."""
+        with self.gate:
+            lines = self.dispatcher.figures(now())
         return [
             QueueFigures(
                 topic=figures.line[1],
@@ -238,15 +274,15 @@ class Desk:
                 workers=figures.workers,
                 oldest_ns=figures.oldest.batch.time_ns if figures.oldest is not None else 0,
             )
-            for figures in self.dispatcher.figures(now())
+            for figures in lines
         ]
 
     def close(self) -> None:
         """Nothing is given out any more. What workers say is still heard."""
-        self._closed = True
-        for handle in (self._timer, self._soon):
-            if handle is not None:
-                handle.cancel()
+        with self.gate:
+            self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def check_join(body: commands.Join) -> None:

@@ -4,9 +4,9 @@ A job's way in: the engine's thread puts a JOB into `queue`, as it came; whoever
 decodes a batch of it, and a slice of that becomes jobs, `items`, of which each consumer takes the next without a lock:
 an iterator that is all C hands out each of its items once. The lock of `bell` is held by whoever gets the next slice.
 
-And out: what is acknowledged is one entry in a list of its delivery. The first entry sees to it that the engine comes
-and collects (`stir`): at once, if nothing waits here, else some milliseconds later, or when somebody sleeps or there is
-enough of it. The engine makes ranges of it. No message is sent from here; `Workers` does.
+And out: what is acknowledged is one entry in a list of its delivery. The first entry sees to it that it is collected
+and said (`stir`): at once, by who acknowledged it, if nothing waits here; else by the engine, some milliseconds later,
+or when somebody sleeps or there is enough of it. No message is sent from here; `Workers` does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from math import inf
 from operator import length_hint
-from threading import Condition
+from threading import Condition, Lock
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -52,6 +52,9 @@ class Driver(Protocol):
     def report(self, hand: Hand) -> None:
         """Collect, and say it to the owners. On the loop."""
 
+    def report_here(self, hand: Hand) -> bool:
+        """The same, on this thread, for most owners. False: not now."""
+
     def report_later(self, hand: Hand) -> None:
         """The same, in some milliseconds. On the loop."""
 
@@ -75,6 +78,8 @@ class Hand:
         """Why there is no more."""
         self.forked: Exception | None = None
         self.bell = Condition()
+        self.saying = Lock()
+        """Held by whoever is at what is said to owners, and what they answer. Taken before that of `bell`."""
         self.queue: deque[Parcel] = deque()
         self.items: Iterator[Job] = iter(())
         """Without the lock: the rest of the slice that is being handed out."""
@@ -83,6 +88,8 @@ class Hand:
         self.stuck = False
         """Jobs waited here until it was too late: there are to be no more until somebody asks for one."""
         self.jobs = self.refused = self.lost = self.unreported = 0
+        self.is_awaited: Callable[[], bool] = lambda: self._asleep > 0
+        """Whether somebody waits here for a job. Not so where `wake` is called: whoever passes that replaces this."""
         self._wake = wake
         self._decoder = ValueDecoder(value_type)
         self._asleep = 0
@@ -108,7 +115,10 @@ class Hand:
         self.dirty.append(delivery)
         if self._due == NOW:
             return
-        if self.empty or len(self.dirty) >= DIRTY_MAX:
+        if self.empty:
+            if not self.driver.report_here(self):
+                self.hasten()
+        elif len(self.dirty) >= DIRTY_MAX:
             self.hasten()
         elif self._due == NOT:
             self._due = LATER
@@ -129,7 +139,7 @@ class Hand:
         """Whether nothing waits here."""
         return not (self._waiting or self.queue or length_hint(self._source))
 
-    # --- the engine's side: without the lock ---------------------------------------------------------
+    # --- the other side: without the lock ------------------------------------------------------------
 
     def put(self, parcel: Parcel) -> None:
         """A JOB came."""
@@ -144,7 +154,7 @@ class Hand:
                 self.bell.notify()
 
     def collect(self) -> set[Tie]:
-        """What there is to say goes to the ties, which are returned."""
+        """What there is to say goes to the ties, which are returned. By who holds `saying`."""
         self._due = NOT
         self._grown = False
         touched = set()
@@ -178,6 +188,7 @@ class Hand:
         credit = tie.finished + self.window.share(owners)
         if credit <= tie.granted:
             return 0
+        tie.was_short = tie.received >= tie.granted
         tie.granted = credit
         return credit
 
@@ -270,7 +281,8 @@ class Hand:
         """Somebody waits, and there is nothing left. Perhaps that is because no more may be sent."""
         if self._grown:
             return
-        short = [tie for tie in list(self.ties.values()) if tie.received >= tie.granted and not tie.gone]
+        ties = list(self.ties.values())
+        short = [tie for tie in ties if not tie.gone and (tie.received >= tie.granted or tie.was_short)]
         if not short:
             return
         owners = max(1, self.owners)
@@ -371,6 +383,7 @@ class Hand:
                     self._batches.append((delivery, batch))
                     self._waiting += batch.count
                     parcel.tie.received += batch.count
+                parcel.tie.was_short = False
             except (RemoteProtocolError, UnicodeDecodeError) as error:
                 self.driver.garbage(RemoteProtocolError(str(error)))
                 continue

@@ -7,7 +7,9 @@ until it is settled. So nothing is given out by both.
 Published messages are shared among a group's workers as long as no forwarder claims their topic: a group begins when
 its first worker joins, is kept for a while when its last is gone, and has a bound on what waits for it.
 
-`add` is called by whoever publishes, under the publishers' lock. Everything else belongs to the engine's loop.
+`add` is called by whoever publishes, under the publishers' lock, and so is `hand_out`, without it: where no work is
+under way, a job leaves on the thread that pushed it. Everything else belongs to the engine's loop. What both are at is
+touched by who holds the gate of the desk; if somebody takes both, the gate comes before the publishers' lock.
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ class Owner:
         self._outlet = host.outlet
         self._loop = loop
         self._gives_out = gives_out
-        self._desk = desk = Desk(loop, host.answer, self._settle)
+        self._desk = desk = Desk(host, loop, self._settle)
+        self._gate = desk.gate
         self._dispatcher = desk.dispatcher
         self._pushed: list[Publisher] = []  # grows in other threads
         self._queues: dict[str, Queue] = {}
@@ -121,21 +124,39 @@ class Owner:
                     publisher.jobs = self
         return publisher
 
-    def add(self, publisher: Publisher, first: int, count: int, time_ns: int, parts: tuple[bytes, ...]) -> None:
-        """A batch of a queue, or of a topic that groups share, was sent. Under the lock."""
+    def add(self, publisher: Publisher, parts: tuple[bytes, ...], at_once: bool) -> None:
+        """A batch of a queue, or of a topic that groups share, was sent. Under the lock.
+
+        `at_once`: whoever says that calls `hand_out` as soon as it has let go of the lock.
+        """
+        if publisher.flags & QUEUED and not self._gives_out:
+            return
         account = self._outlet.ledger.accounts.get(publisher.topic)
         if account is None or not account.claimants:
-            self._fresh.append((publisher, batch_of(publisher, self._outlet.origin, first, count, time_ns, parts)))
-            if not self._pumping:
+            self._fresh.append((publisher, batch_of(publisher, parts)))
+            if not self._pumping and not at_once:
                 self._pumping = True
                 self._host.soon(self.pump)
+
+    def hand_out(self) -> None:
+        """Give out what has been pushed, on this thread, unless somebody else is at it."""
+        if not self._fresh:
+            return
+        if self._gate.acquire(blocking=False):
+            try:
+                self.pump()
+            finally:
+                self._gate.release()
+        else:
+            self._host.soon(self.pump)
 
     # --- what is pushed and published --------------------------------------------------------------
 
     def pump(self) -> None:
         """Give out what has been pushed."""
-        self._take_in()
-        self._desk.deliver()
+        with self._gate:
+            self._take_in()
+            self._desk.deliver()
 
     def _take_in(self) -> None:
         self._pumping = False
@@ -199,8 +220,8 @@ class Owner:
             farewell.cancel()
         if team not in self._groups:
             matches = Matcher(team.patterns).matches
-            self._groups[team] = Group(matches, set())
-            with self._outlet.lock:
+            with self._gate, self._outlet.lock:
+                self._groups[team] = Group(matches, set())
                 for publisher in self._outlet.publishers.values():
                     if publisher.jobs is None and matches(publisher.topic):
                         publisher.jobs = self
@@ -221,10 +242,11 @@ class Owner:
 
     def _forget(self, team: Team) -> None:
         del self._farewells[team]
-        group = self._groups.pop(team)
-        self._group_bytes -= sum(work.batch.size for work in group.works)
-        for line in {work.line for work in group.works}:
-            self._dispatcher.forget(line)
+        with self._gate:
+            group = self._groups.pop(team)
+            self._group_bytes -= sum(work.batch.size for work in group.works)
+            for line in {work.line for work in group.works}:
+                self._dispatcher.forget(line)
 
     # --- what became of it -------------------------------------------------------------------------
 
@@ -273,16 +295,22 @@ class Owner:
 
     def forwarders_changed(self) -> None:
         """Some topics may be claimed now, others no longer."""
-        self._take_in()
-        for publisher in list(self._pushed):
-            queue = self._queue(publisher)
-            with self._outlet.lock:
-                claimed = bool(self._outlet.ledger.account(publisher.topic, publisher.shelf).claimants)
-            if claimed and not queue.handed:
-                self._hand_over(queue)
-            elif not claimed and queue.handed:
-                self._take_back(queue)
-        self._desk.deliver()
+        with self._gate:
+            queues = list(map(self._queue, self._pushed))
+            claimed = set(filter(self._is_claimed, queues))
+            for queue in queues:
+                if queue not in claimed:
+                    self._take_back(queue)  # before what was pushed since it has not been claimed, which comes after it
+            self._take_in()
+            for queue in claimed:
+                if not queue.handed:
+                    self._hand_over(queue)
+            self._desk.deliver()
+
+    def _is_claimed(self, queue: Queue) -> bool:
+        publisher, ledger = queue.publisher, self._outlet.ledger
+        with self._outlet.lock:
+            return bool(ledger.account(publisher.topic, publisher.shelf).claimants)
 
     def _hand_over(self, queue: Queue) -> None:
         for work in self._dispatcher.withdraw((None, queue.publisher.topic), self._outlet.origin, queue.end):
@@ -296,15 +324,16 @@ class Owner:
             ledger.handed(ledger.account(publisher.topic, publisher.shelf), queue.end - 1)
 
     def _take_back(self, queue: Queue) -> None:
-        """No forwarder is to have it any more: what none has acknowledged is ours again."""
+        """No forwarder is to have it any more: what none has acknowledged is ours again, or for the first time."""
         queue.handed = False
         publisher, outlet = queue.publisher, self._outlet
         with outlet.lock:
             durable = outlet.ledger.account(publisher.topic, publisher.shelf).durable
             entries = [entry for entry in publisher.shelf.entries if entry[0] > max(durable, queue.end - 1)]
         time = now()
-        for first, end, parts, _ in entries:
-            self._push(queue, batch_of(publisher, outlet.origin, first, end - first, 0, parts), time)
+        for _, _, parts, _ in entries:
+            if (batch := batch_of(publisher, parts)).flags & QUEUED:
+                self._push(queue, batch, time)
 
     def greeted(self, origin: int, journal: int, claims: Sequence[str]) -> None:
         """A forwarder said HELLO. It may ask for what it claims as soon as it has our WELCOME, joined or not."""
@@ -324,14 +353,15 @@ class Owner:
     @property
     def left(self) -> int:
         """Messages that were pushed, are ours, and are not settled."""
-        return sum(left_of(work) for queue in self._queues.values() for work in queue.works) + sum(
-            batch.count for _, batch in self._fresh
-        )
+        with self._gate:
+            taken_in = sum(left_of(work) for queue in self._queues.values() for work in queue.works)
+        return taken_in + sum(batch.count for _, batch in list(self._fresh))
 
     def remaining(self) -> list[Undelivered]:
         """What no worker has done, by queue."""
-        self._take_in()
-        counts = ((topic, sum(map(left_of, queue.works))) for topic, queue in self._queues.items())
+        with self._gate:
+            self._take_in()
+            counts = [(topic, sum(map(left_of, queue.works))) for topic, queue in self._queues.items()]
         return [Undelivered(f"queue {topic}", 0, count) for topic, count in counts if count]
 
     def figures(self) -> list[QueueFigures]:
@@ -350,11 +380,9 @@ def left_of(work: Work) -> int:
     return work.batch.count - work.done.bit_count()
 
 
-def batch_of(
-    publisher: Publisher, origin: int, first: int, count: int, time_ns: int, parts: tuple[bytes, ...]
-) -> Batch:
+def batch_of(publisher: Publisher, parts: tuple[bytes, ...]) -> Batch:
     """What was sent, as a batch."""
-    flags = HEADER.unpack_from(parts[0], len(publisher.prefix))[2]
+    _, _, flags, count, origin, first, time_ns = HEADER.unpack_from(parts[0], len(publisher.prefix))
     return Batch(publisher.prefix[:-1], flags, count, origin, first, time_ns, parts)
 
 

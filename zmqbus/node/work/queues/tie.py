@@ -72,6 +72,8 @@ class Tie:
         """how many came, as far as they are counted,"""
         self.finished = 0
         """and how many of these are this worker's no more."""
+        self.was_short = False
+        """When it was granted more, all that it had been before had come; and nothing has since."""
         self.last_job = self.last_heard = -inf
         self.done: list[Done] = []
         self.fails: dict[Fail, list[Job]] = {}

@@ -236,7 +236,8 @@ class Workers:
             NotSettled: it is not, within `timeout` seconds; or it was found, since the last call, that some never will.
         """
         self.report(hand)
-        goals = [(tie, tie.asked) for tie in hand.ties.values()]
+        with hand.saying:
+            goals = [(tie, tie.asked) for tie in hand.ties.values()]
         await self._host.peering.registry.until(
             lambda: all(tie.gone or tie.answered >= asked for tie, asked in goals), timeout
         )
@@ -257,11 +258,12 @@ class Workers:
         for timer in (pull.timer, pull.watch):
             if timer is not None:
                 timer.cancel()
-        for tie in hand.ties.values():
-            if not tie.gone:
-                tie.wire.say(commands.Leave(tie.number), tie.request)
-                hand.lose(tie)
-                hand.lost += self._tell(hand, tie.abandon())
+        with hand.saying:
+            for tie in hand.ties.values():
+                if not tie.gone:
+                    tie.wire.say(commands.Leave(tie.number), tie.request)
+                    hand.lose(tie)
+                    hand.lost += self._tell(hand, tie.abandon())
         for key, count in (("jobs_received", hand.jobs), ("jobs_refused", hand.refused), ("acks_lost", hand.lost)):
             self._past[key] += count
 
@@ -293,18 +295,41 @@ class Workers:
 
     def report(self, hand: Hand) -> None:
         """Say what is done and what is not, and how much more may be sent."""
+        with hand.saying:
+            is_said = self._say(hand, lambda tie: tie.speak())
+        if not is_said and (pull := self._pulls.get(hand)) is not None and pull.timer is None:
+            pull.timer = self._loop.call_later(STUMBLE, self._report_late, pull)
+        self._host.peering.registry.changed()
+
+    def report_here(self, hand: Hand) -> bool:
+        """The same on any thread, where somebody waits for it and for nothing else: so the engine need not be woken.
+        False: somebody else is at it, or the worker is about to end.
+        """
+        if not hand.saying.acquire(blocking=False):
+            return False
+        try:
+            if hand.closed is not None:
+                return False
+            is_said = self._say(hand, lambda tie: tie.wire is not self._within and tie.speak())
+        finally:
+            hand.saying.release()
+        if not is_said:
+            self.soon(self.report, hand)
+        return True
+
+    def _say(self, hand: Hand, speak: Callable[[Tie], bool]) -> bool:
+        """False: not to all."""
         touched = hand.collect()
         for tie in touched:
             if tie.gone:
                 hand.lost += self._tell(hand, tie.abandon())
         owners = hand.owners
+        is_said = True
         for tie in list(hand.ties.values()):
             if not tie.gone and (tie in touched or tie.received >= tie.granted or tie.is_behind):
                 tie.compose(hand.credit(tie, owners))
-                if not tie.speak() and (pull := self._pulls.get(hand)) is not None and pull.timer is None:
-                    pull.timer = self._loop.call_later(STUMBLE, self._report_late, pull)
-        if touched:
-            self._host.peering.registry.changed()
+                is_said &= not tie.is_behind or speak(tie)
+        return is_said
 
     def extend(self, delivery: Delivery, seconds: float) -> None:
         """Ask for more time."""
@@ -326,9 +351,12 @@ class Workers:
 
     def left(self, origin: int) -> None:
         """A peer is no longer there."""
-        for hand in self._pulls:
-            if (tie := hand.ties.get(origin)) is not None and not tie.gone:
-                self._lose(hand, tie)
+        for hand, pull in self._pulls.items():
+            if (tie := hand.ties.get(origin)) is not None:
+                if not tie.gone:
+                    self._lose(hand, tie)
+                del hand.ties[origin]
+            pull.troubles.pop(origin, None)
 
     def _attend(self, pull: Pull, origin: int) -> None:
         """See to it that an owner knows this worker."""
@@ -343,7 +371,7 @@ class Workers:
         if tie is None or tie.gone or tie.wire is not wire:
             self._join(pull, origin, wire)
         else:
-            self._ping(tie)
+            self._ping(pull.hand, tie)
 
     def _owners(self) -> list[int]:
         """Ourselves, and the peers."""
@@ -354,7 +382,7 @@ class Workers:
         if (old := hand.ties.get(origin)) is not None and not old.gone:
             self._lose(hand, old)
         names = {peer.origin: peer.name for peer in self._host.peering.peers()}
-        tie = hand.ties[origin] = Tie(pull.number, origin, names.get(origin, f"{origin:016x}"), wire)
+        tie = Tie(pull.number, origin, names.get(origin, f"{origin:016x}"), wire)
         if old is not None and old.wire is wire:
             wire.say(
                 commands.Leave(pull.number), old.request
@@ -371,11 +399,13 @@ class Workers:
         )
         tie.request = wire.follow(body, partial(self._answered, pull, tie))
         tie.gone = not tie.request  # until the next round
+        hand.ties[origin] = tie  # as soon as something can be said to it
         self._host.guard(origin)
 
-    def _ping(self, tie: Tie) -> None:
-        """Who knows nothing of it says so."""
-        tie.wire.say(commands.Done(tie.number), tie.request)
+    def _ping(self, hand: Hand, tie: Tie) -> None:
+        """Who knows nothing of it says so. And if somebody waits here for a job, its owner is to know: a lease may have
+        run out meanwhile, of one that another thread or task is at."""
+        tie.wire.say(commands.Done(tie.number, credit=tie.granted if hand.is_awaited() else 0), tie.request)
 
     def _round(self) -> None:
         """While there are workers."""
@@ -398,8 +428,9 @@ class Workers:
             if pull.watch is None:
                 pull.watch = self._loop.call_later(hand.patience, self._watch, pull)
         elif isinstance(body, Settled):
-            refused = tie.settled(body.refused)
-            hand.refused += self._tell(hand, refused)
+            with hand.saying:
+                refused = tie.settled(body.refused)
+                hand.refused += self._tell(hand, refused)
             self._host.peering.registry.changed()
         elif isinstance(body, Error):
             self._refused(pull, tie, body)
@@ -420,9 +451,11 @@ class Workers:
         pull.watch = None if due is None else self._loop.call_later(max(0.001, due - now()), self._watch, pull)
 
     def _lose(self, hand: Hand, tie: Tie) -> None:
-        hand.lose(tie)
-        if count := self._tell(hand, tie.abandon()):
+        with hand.saying:
+            hand.lose(tie)
+            count = self._tell(hand, tie.abandon())
             hand.lost += count
+        if count:
             self.emit(Warned(f"{tie.name} is gone: {count:,} acknowledged job(s) of it may be done once more"))
         self._host.peering.registry.changed()
 
