@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,5 +138,97 @@ def test_nothing_is_owed_to_a_forwarder_of_what_was_done_before_it_came(bus: str
                 await until(lambda: producer._engine.jobs._queues["jobs.a"].handed)
                 await producer.flush(20)
                 assert await producer.close(20) == []
+
+    run(main())
+
+
+def test_an_outbox_gives_out_nothing_itself(bus: str, tmp_path: Path) -> None:
+    """Also what is not durable waits for a forwarder there, and is done once."""
+
+    async def main() -> None:
+        async with zmqbus.AsyncNode("producer", bus=bus, discovery="static", outbox=tmp_path / "outbox") as producer:
+            seed = [producer.endpoints["inbox"]]
+            async with (
+                zmqbus.AsyncNode("worker", bus=bus, discovery="static", peers=seed) as node,
+                node.pull("jobs.a") as worker,
+            ):
+                await producer.push("jobs.a", "first")
+                await node.wait_for_peers(1, 20)
+                assert await worker.get(0.3) is None
+                await producer.push("jobs.a", "second")
+                async with zmqbus.Forwarder(tmp_path / "journal", bus=bus, discovery="static", peers=seed):
+                    jobs = [await next_job(worker) for _ in range(2)]
+                    assert [(job.value, job.attempt) for job in jobs] == [("first", 1), ("second", 1)]
+                    for job in jobs:
+                        job.ack()
+                    await worker.flush(20)
+                    assert await worker.get(0.3) is None
+
+    run(main())
+
+
+def test_what_a_forwarder_claims_no_longer_is_given_out_by_its_producer(bus: str, tmp_path: Path) -> None:
+    """Also what was pushed while that forwarder was away, on a topic that had never been pushed to before."""
+
+    async def main() -> None:
+        async with zmqbus.AsyncNode("producer", bus=bus, discovery="static") as producer:
+            seed = [producer.endpoints["inbox"]]
+            where = {"bus": bus, "discovery": "static", "peers": seed}
+            async with zmqbus.Forwarder(tmp_path / "journal", **where):  # type: ignore[arg-type]
+                await producer.publish("logs.a", 1, durable=True, timeout=20)
+            began = time.time()
+            for number in range(5):
+                await producer.push("jobs.a", number)
+            async with (
+                zmqbus.Forwarder(tmp_path / "journal", topics=["logs.>"], **where),  # type: ignore[arg-type]
+                zmqbus.AsyncNode("worker", bus=bus, discovery="static", peers=seed) as node,
+                node.pull("jobs.a") as worker,
+            ):
+                jobs = [await next_job(worker) for _ in range(5)]
+                assert sorted(job.value for job in jobs) == list(range(5))
+                assert all(began - 1 <= job.time <= time.time() for job in jobs)
+                for job in jobs:
+                    job.ack()
+                await worker.flush(20)
+                assert producer._engine.jobs.left == 0
+
+    run(main())
+
+
+def test_what_is_pushed_as_a_claim_ends_passes_nobody(
+    bus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what a forwarder that is away has not acknowledged, and not what follows it."""
+
+    async def main() -> None:
+        async with zmqbus.AsyncNode("producer", bus=bus, discovery="static") as producer:
+            seed = [producer.endpoints["inbox"]]
+            where = {"bus": bus, "discovery": "static", "peers": seed}
+            async with zmqbus.Forwarder(tmp_path / "journal", **where):  # type: ignore[arg-type]
+                await producer.push("jobs.a", 0, durable=True, timeout=20)
+            for number in range(1, 4):
+                await producer.push("jobs.a", number)
+            outlet = producer._engine.outlet
+            claimed = outlet.claimed
+
+            def and_push(journal: int, patterns: Sequence[str]) -> None:
+                claimed(journal, patterns)
+                publisher = outlet.publishers["jobs.a"]
+                for number in (4, 5):  # as another thread may, just then
+                    publisher.send(number)
+                publisher.send_now()
+
+            monkeypatch.setattr(outlet, "claimed", and_push)
+            async with (
+                zmqbus.Forwarder(tmp_path / "journal", topics=["logs.>"], **where),  # type: ignore[arg-type]
+                zmqbus.AsyncNode("worker", bus=bus, discovery="static", peers=seed) as node,
+                node.pull("jobs.a") as worker,
+            ):
+                jobs = [await next_job(worker) for _ in range(5)]
+                assert sorted(job.value for job in jobs) == [1, 2, 3, 4, 5]
+                monkeypatch.undo()
+                for job in jobs:
+                    job.ack()
+                await worker.flush(20)
 
     run(main())

@@ -405,3 +405,45 @@ def test_a_queue_in_memory_outlives_its_workers(bus: str) -> None:
                     worker.close()
         assert left(owner) == 0
         assert done == Counter(range(400))
+
+
+def test_a_thread_that_is_late_does_not_keep_jobs_from_the_others(pair: tuple[zmqbus.Node, zmqbus.Node]) -> None:
+    """It has let a lease run out, and is at it still. Who waits beside it is alive."""
+    a, b = pair
+    with b.pull("jobs", lease=0.5, credit=4) as worker:
+        a.push("jobs", "late")
+        late = take(worker, 1)[0]
+        eventually(lambda: a._engine.jobs.figures()[0].in_flight == 0)
+        a.push("jobs", "other")
+        while (job := take(worker, 1, 20)[0]).value != "other":
+            assert (job.value, job.attempt) == ("late", 2)
+            job.ack()
+        job.ack()
+        late.ack()
+
+
+def test_who_waits_for_nothing_gets_nothing_after_a_lease_has_run_out(
+    pair: tuple[zmqbus.Node, zmqbus.Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may hang. So it does not swallow lease after lease."""
+    monkeypatch.setattr("zmqbus.node.work.queues.workers.ROUND", 0.1)
+    a, b = pair
+    with b.pull("jobs", lease=0.5, credit=4) as worker:
+        a.push("jobs", "late")
+        job = take(worker, 1)[0]
+        eventually(lambda: a._engine.jobs.figures()[0].in_flight == 0)
+        a.push("jobs", "other")
+        time.sleep(1.0)
+        figures = a._engine.jobs.figures()[0]
+        assert (figures.waiting, figures.in_flight) == (2, 0)
+        job.ack()
+
+
+def test_a_peer_that_has_gone_is_forgotten(bus: str) -> None:
+    with zmqbus.Node("worker", bus=bus) as node, node.pull("jobs") as worker:
+        for turn in range(3):
+            with zmqbus.Node(f"owner-{turn}", bus=bus) as owner:
+                owner.push("jobs", turn)
+                with take(worker, 1)[0] as job:
+                    assert job.value == turn
+        eventually(lambda: list(worker._hand.ties) == [node.origin])

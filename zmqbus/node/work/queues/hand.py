@@ -5,8 +5,8 @@ decodes a batch of it, and a slice of that becomes jobs, `items`, of which each 
 an iterator that is all C hands out each of its items once. The lock of `bell` is held by whoever gets the next slice.
 
 And out: what is acknowledged is one entry in a list of its delivery. The first entry sees to it that it is collected
-and said (`stir`): at once, by who acknowledged it, if nothing waits here; else by the engine, some milliseconds later,
-or when somebody sleeps or there is enough of it. No message is sent from here; `Workers` does.
+and said (`stir`): at once, if nothing waits here, and by who acknowledged it, if that was all there is; else by the
+engine, some milliseconds later, or when somebody sleeps or there is enough of it. `Workers` sends what is said.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class Hand:
         if self._due == NOW:
             return
         if self.empty:
-            if not self.driver.report_here(self):
+            is_all = delivery.tie.received - delivery.tie.finished == 1  # else more may be acknowledged just now
+            if not (is_all and self.driver.report_here(self)):
                 self.hasten()
         elif len(self.dirty) >= DIRTY_MAX:
             self.hasten()
@@ -397,6 +398,7 @@ class Hand:
     def _busy(self) -> int:
         """Jobs that were handed out and are not settled."""
         pending = sum(len(delivery.acked) for delivery in list(self.dirty))
+        pending += sum(last - first + 1 for _, _, (_, first, last) in list(self.failures))
         return max(0, self.unfinished - self._waiting - length_hint(self._source) - pending)
 
     def _trim(self) -> None:
