@@ -281,8 +281,8 @@ class Dispatcher:
             heappop(crews)
         return out
 
-    def unsent(self, delivery: Delivery, now: float) -> None:
-        """It could not be sent: as if it had not been taken."""
+    def unsent(self, delivery: Delivery, now: float, unfit: str = "") -> None:
+        """It could not be sent: as if it had not been taken. `unfit`: why not to anybody, so that it is dead."""
         member = self._members.get(delivery.worker)
         if member is None or delivery.number not in member.held:
             return
@@ -290,14 +290,10 @@ class Dispatcher:
         member.sent -= count
         if delivery.attempt > 1:
             self._lines[delivery.work.line].redelivered -= count
-        self.give_back(delivery.worker, delivery.number, delivery.first, delivery.last, now)
-
-    def unfit(self, delivery: Delivery, now: float, reason: str) -> None:
-        """It cannot be sent to anybody: dead, as if it had not been taken."""
-        member = self._members.get(delivery.worker)
-        if member is not None and delivery.number in member.held:
-            member.sent -= delivery.todo.bit_count()
-            self.reject(delivery.worker, delivery.number, delivery.first, delivery.last, now, reason)
+        if unfit:
+            self.reject(delivery.worker, delivery.number, delivery.first, delivery.last, now, unfit)
+        else:
+            self.give_back(delivery.worker, delivery.number, delivery.first, delivery.last, now)
 
     def buried(self, dead: Dead) -> None:
         """Its dead letter is kept: now the message is settled."""

@@ -229,7 +229,7 @@ class Desk:
             try:
                 batch = cut_batch(delivery.work.batch, delivery.first, delivery.last)
             except RemoteProtocolError as error:  # whoever sent it: nobody can do it
-                self.dispatcher.unfit(delivery, now(), str(error))
+                self.dispatcher.unsent(delivery, now(), unfit=str(error))
                 self._soon(self._see_to_it)
             else:
                 going.append(delivery)
