@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 import zmqbus
@@ -68,6 +69,60 @@ def test_a_plain_function_answers(bus: str) -> None:
             with pytest.raises(zmqbus.RemoteError, match="ReplyMismatch"):
                 await a.request("plain", "text")
             assert await b.request("plain", 5) == 6, "a node may answer itself"
+
+    asyncio.run(main())
+
+
+class Point(msgspec.Struct):
+    x: int
+
+
+class Circle(msgspec.Struct):
+    r: int
+
+
+class Picky(msgspec.Struct):
+    """None of whose values can be made."""
+
+    x: int = 0
+
+    def __post_init__(self) -> None:
+        raise KeyError("x")
+
+
+def test_what_is_wrong_is_refused_at_once(bus: str) -> None:
+    async def main() -> None:
+        async with AsyncNode("b", bus=bus) as b:
+            b.responder("echo")(lambda value: value)
+            both = Point | Circle
+            with pytest.raises(zmqbus.SetupError, match="must be tagged"):
+                b.respond("typed", type=both)
+            with pytest.raises(zmqbus.SetupError, match="must be tagged"):
+                b.responder("typed", type=both)
+            with pytest.raises(zmqbus.SetupError, match="must be tagged"):
+                await b.request("echo", 1, type=both)
+            with pytest.raises(zmqbus.SetupError, match="must be tagged"):
+                await b.request_many("echo", 1, type=both)
+            with pytest.raises(zmqbus.SetupError, match="concurrency=0: use a whole number, 1 or more"):
+                b.responder("echo", concurrency=0)
+            assert b.statistics()["requests_answered"] == 0, "nothing was sent"
+
+    asyncio.run(main())
+
+
+def test_a_type_that_raises_is_answered_by_a_failure(bus: str) -> None:
+    async def main() -> None:
+        async with AsyncNode("b", bus=bus) as b, b.respond("singly", type=Picky) as requests:
+
+            @b.responder("picky", type=Picky)
+            async def picky(value: Picky) -> None: ...
+
+            getting = asyncio.create_task(requests.get())
+            for service in ("picky", "singly"):
+                with pytest.raises(zmqbus.RemoteError, match="b answered with KeyError: 'x'"):
+                    await b.request(service, {}, timeout=20)
+            assert not b._engine.requests.answering._open
+            getting.cancel()
 
     asyncio.run(main())
 
