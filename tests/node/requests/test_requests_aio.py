@@ -163,6 +163,44 @@ def test_requests_one_by_one(bus: str, how: str) -> None:
     asyncio.run(main())
 
 
+def test_opening_fails_each_time(bus: str) -> None:
+    async def main() -> None:
+        async with AsyncNode("b", bus=bus) as b:
+            requests = b.respond("white space")
+            for _ in range(2):
+                with pytest.raises(zmqbus.TopicError):
+                    await requests.get(10)
+
+    asyncio.run(main())
+
+
+def test_who_is_cancelled_while_it_opens_leaves_it_to_the_next(bus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with pair(bus) as (a, b):
+            requests = b.respond("jobs")
+            answering = b._engine.requests.answering
+            with monkeypatch.context() as patched:
+                patched.setattr(answering, "_tell", lambda link: answering._untold.add(link.origin))
+                first = asyncio.create_task(requests.get())
+                await until(lambda: bool(answering._untold))  # it waits until the peer knows
+                second = asyncio.create_task(requests.get())
+                await asyncio.sleep(0)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            await a.wait_for_responders("jobs", 1, 10)
+            for getting in (second, asyncio.create_task(requests.get())):
+                asked = asyncio.create_task(a.request("jobs", 3, timeout=20))
+                request = await getting
+                assert request is not None, "it is open"
+                await request.reply(request.value)
+                assert await asked == 3
+            await requests.close()
+            assert await requests.get() is None
+
+    asyncio.run(main())
+
+
 def test_time_and_cancelling(bus: str) -> None:
     async def main() -> None:
         async with pair(bus) as (a, b), b.respond("slow") as requests:

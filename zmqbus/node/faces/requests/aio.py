@@ -118,14 +118,24 @@ class AsyncRequests(Responder):
         self._node = node
         self._type = value_type
         self._attached = False
+        self._opening = asyncio.Lock()
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
 
     async def open(self) -> AsyncRequests:
         """Begin to respond, if that is not done yet."""
         if not self._attached:
-            self._attached = True
-            await self._node._at_home().requests.answering.attach(self)
+            async with self._opening:  # should the first be cancelled, the next who waits here begins anew
+                if not self._attached:
+                    await self._attach()
         return self
+
+    async def _attach(self) -> None:
+        try:
+            await self._node._at_home().requests.answering.attach(self)
+        except BaseException:
+            self._queue = asyncio.Queue()  # without the sign that no more will come
+            raise
+        self._attached = True
 
     async def get(self, timeout: float | None = None) -> AsyncRequest | None:
         """The next request; None when none came within `timeout` seconds, or it is closed."""
