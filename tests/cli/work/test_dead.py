@@ -15,6 +15,7 @@ import zmqbus
 from tests.cli.commands import finish, run
 from tests.cli.work.helpers import WAIT, Start, figures, rejected, said
 from zmqbus.cli.work.dead import Retrying
+from zmqbus.node.peers import serving
 from zmqbus.node.work.queues.job import Job
 from zmqbus.protocol.queues.letters import ORIGIN, REASON, SEQ
 
@@ -71,6 +72,18 @@ def test_there_are_none() -> None:
         assert (code, out) == (0, "")
         assert err.startswith("zmqbus: there are no dead letters of q.mail on bus")
     assert run("dead", "ls", "q..mail")[0] == 2
+
+
+def test_letters_of_one_queue_among_many(shop: zmqbus.Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "QUEUES_PER_STATISTICS", 2)
+    for number in range(5):
+        shop.push(f"bad.{number}", number)
+        shop.push(f"z.{number}", number)
+    rejected(shop, "bad.>")
+    rejected(shop, "z.3")
+    assert len(letters()) == 3
+    for queue in ("bad.4", "z.3"):
+        assert run("dead", "purge", "--yes", queue, *WAIT) == (0, f"1 dead letter of {queue} thrown away\n", "")
 
 
 def test_what_somebody_else_holds_is_said(shop: zmqbus.Node) -> None:
