@@ -6,6 +6,8 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -358,6 +360,23 @@ def test_close_waits_for_the_disk_and_does_not_call_undelivered_what_is_on_it(tm
     journal = Journal.open(str(tmp_path / "outbox"), now_ns=time.time_ns())
     assert {stream.accepted for stream in journal.known.values()} == {1000}
     journal.close(time.time_ns())
+
+
+FORGETFUL = """
+import sys, zmqbus
+node = zmqbus.Node("forgetful", bus=sys.argv[1], outbox=sys.argv[2])
+node.publish("a", 0, durable=True)
+for number in range(1, 1000):
+    node.publish("a", number)
+print(node.origin)
+"""
+
+
+def test_a_script_that_just_ends_leaves_everything_on_the_disk(tmp_path: Path, bus: str) -> None:
+    program = [sys.executable, "-c", FORGETFUL, bus, str(tmp_path / "outbox")]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert seqs(tmp_path / "outbox", "a", int(ended.stdout)) == list(range(1, 1001))
 
 
 def test_who_says_hello_while_the_outbox_is_being_opened_is_answered_after_that(

@@ -310,10 +310,13 @@ class Bye(Body):
 
 
 class Stats(Body):
-    """Ask for a peer's statistics; with `topics`, also for its streams from the `skip`-th on."""
+    """Ask for a peer's statistics, and its queues from a topic and group on; with `topics`, also for its streams from
+    the `skip`-th on."""
 
     topics: bool = False
     skip: U64 = 0
+    queue: Annotated[str, Meta(max_length=255)] = ""
+    group: Annotated[str, Meta(max_length=255)] = ""
 
 
 class QueueFigures(msgspec.Struct, omit_defaults=True):
@@ -333,13 +336,14 @@ class QueueFigures(msgspec.Struct, omit_defaults=True):
 
 class Statistics(Body):
     """Counters of a peer, (topic, last seq, bytes published) of its streams, in order of first use, of a forwarder
-    (name, offset, whether somebody reads under it) of its cursors, and its queues."""
+    (name, offset, whether somebody reads under it) of its cursors, and its queues, in order of topic and group."""
 
     counters: dict[str, int | float | str]
     topics: Annotated[list[tuple[Topic, U64, U64]], Meta(max_length=HEADS_PER_COMMAND)] = []
     more: bool = False
     cursors: Annotated[list[tuple[Name, U64, bool]], Meta(max_length=HEADS_PER_COMMAND)] = []
     queues: Annotated[list[QueueFigures], Meta(max_length=QUEUES_PER_STATISTICS)] = []
+    more_queues: bool = False
 
 
 class Error(Body):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,10 @@ import pytest
 import zmqbus
 from tests.cli.commands import finish, run
 from tests.cli.work.helpers import WAIT, Start, figures, rejected, said
+from zmqbus.cli.work.dead import Retrying
+from zmqbus.node.peers import serving
+from zmqbus.node.work.queues.job import Job
+from zmqbus.protocol.queues.letters import ORIGIN, REASON, SEQ
 
 DEAD = "$dead.q.mail"
 
@@ -67,6 +72,18 @@ def test_there_are_none() -> None:
         assert (code, out) == (0, "")
         assert err.startswith("zmqbus: there are no dead letters of q.mail on bus")
     assert run("dead", "ls", "q..mail")[0] == 2
+
+
+def test_letters_of_one_queue_among_many(shop: zmqbus.Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "QUEUES_PER_STATISTICS", 2)
+    for number in range(5):
+        shop.push(f"bad.{number}", number)
+        shop.push(f"z.{number}", number)
+    rejected(shop, "bad.>")
+    rejected(shop, "z.3")
+    assert len(letters()) == 3
+    for queue in ("bad.4", "z.3"):
+        assert run("dead", "purge", "--yes", queue, *WAIT) == (0, f"1 dead letter of {queue} thrown away\n", "")
 
 
 def test_what_somebody_else_holds_is_said(shop: zmqbus.Node) -> None:
@@ -156,3 +173,83 @@ def test_with_a_forwarder(start: Start, bus: str, tmp_path: Path) -> None:
     assert run("pull", "q.mail", "-n", "1", "-q")[1] == f"q.mail  {found[0]['value']}\n"
     assert run("dead", "purge", "--yes", "q.mail", *WAIT)[0] == 0
     assert letters() == []
+
+
+def test_what_fails_again_at_a_forwarder_stays(start: Start, tmp_path: Path) -> None:
+    said(start("forwarder", "--journal", str(tmp_path / "journal"), "--name", "store"), "inbox tcp://")
+    assert run("push", "--durable", "q.mail", *"abcdef")[0] == 0
+    assert run("pull", "q.mail", "--exec", "exit 65", "-n", "6", "-q")[0] == 0
+    assert len(letters()) == 6
+    worker = start("pull", "q.mail", "--exec", "test $(cat) != c || exit 65", "-n", "6", "-q")
+    code, _, err = finish(start("dead", "retry", "q.mail", *WAIT))
+    assert (code == 0) == ("6 dead letters of q.mail pushed again\n" in err)  # c may fail afterwards
+    assert (code == 1) == ("5 dead letters of q.mail pushed again, 1 failed again and dead letters still\n" in err)
+    assert code in (0, 1)
+    finish(worker)
+    assert [one["value"] for one in letters()] == ["c"]
+
+
+class Came:
+    """Letters, for whom they come in this order; None: for a moment none does."""
+
+    def __init__(self, there: int, *letters: Job | None) -> None:
+        self.there, self.came, self.over = there, 0, False
+        self._left = list(letters)
+
+    def get(self, timeout: float) -> Job | None:
+        """The next."""
+        self.over = not self._left
+        letter = self._left.pop(0) if self._left else None
+        self.came += letter is not None
+        return letter
+
+
+class Settling:
+    """What is settled in a letter."""
+
+    def __init__(self) -> None:
+        self.acked: list[int] = []
+        self.clean = False
+
+
+ME, STORE, CLIENT = 1, 2, 3
+
+
+def letter(at: int, of: int, seq: int) -> Job:
+    """Of the `seq`-th job of a node, given up by another."""
+    headers = {ORIGIN: of, SEQ: seq, REASON: "no"}
+    return Job(DEAD, seq, seq, at, 0.0, headers, 1, Settling())  # type: ignore[arg-type]
+
+
+def retrying(given_up: int = 0) -> Retrying:
+    """By a node that gives up so many itself."""
+    seqs = iter(range(1, 100))
+    jobs = SimpleNamespace(push=lambda value, headers: next(seqs), look=lambda: 0, given_up=given_up)
+    return Retrying(SimpleNamespace(origin=ME), jobs, ())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("owner", [ME, STORE])
+def test_one_fails_again_and_the_others_are_done(owner: int) -> None:
+    old = [letter(STORE, CLIENT, seq) for seq in (1, 2, 3)]
+    again = letter(owner, ME, 2)  # of the second that was pushed again
+    trying = retrying(given_up=int(owner == ME))
+    assert trying.run(Came(3, *old, again, None), until=float("inf"))  # type: ignore[arg-type]
+    assert (trying.done, trying.failed) == (2, 1)
+    assert [one.settled for one in (*old, again)] == [True, False, True, True]
+
+
+def test_what_fails_again_after_its_letter_is_gone_keeps_the_new_one() -> None:
+    old = [letter(STORE, CLIENT, seq) for seq in (1, 2)]
+    again = letter(STORE, ME, 1)
+    trying = retrying()
+    assert trying.run(Came(2, old[0], None, again, old[1], None), until=float("inf"))  # type: ignore[arg-type]
+    assert (trying.done, trying.failed) == (1, 1)
+    assert [one.settled for one in (*old, again)] == [True, True, False]
+
+
+def test_what_this_node_gave_up_is_waited_for() -> None:
+    old = [letter(STORE, CLIENT, seq) for seq in (1, 2)]
+    again = letter(ME, ME, 2)
+    trying = retrying(given_up=1)
+    assert trying.run(Came(2, *old, None, again, None), until=float("inf"))  # type: ignore[arg-type]
+    assert [one.settled for one in (*old, again)] == [True, False, True]

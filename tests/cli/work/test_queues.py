@@ -13,6 +13,7 @@ import pytest
 import zmqbus
 from tests.cli.commands import Terminal, plain, run
 from tests.cli.work.helpers import WAIT, Start, figures, rejected, said, until
+from zmqbus.node.peers import serving
 
 
 @pytest.fixture
@@ -64,6 +65,29 @@ def test_what_there_is(shop: zmqbus.Node, bus: str) -> None:
             *("rate", "oldest"),
         ]
         assert [line.split()[0] for line in lines] == ["jobs.bad", "jobs.mail", "logs.web"]
+
+
+def test_more_than_one_answer_holds(shop: zmqbus.Node, bus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "QUEUES_PER_STATISTICS", 3)
+    for number in range(8):
+        shop.push(f"jobs.{number}", number)
+        shop.push(f"bad.{number}", number)
+    rejected(shop, "bad.>")
+    with (
+        zmqbus.Node("press", bus=bus) as press,
+        press.pull("logs.web", group="a", credit=1) as one,
+        press.pull("logs.*", group="a", credit=1) as other,  # two entries that are called the same
+    ):
+        until(lambda: len(shop._engine.jobs._desk.workers) == 2)
+        for _ in range(3):
+            shop.publish("logs.web", "for each group")
+        jobs = [one.get(30), other.get(30)]
+        assert all(jobs)
+        found = rows()
+    assert set(found) == {(f"{kind}.{n}", None) for kind in ("bad", "jobs") for n in range(8)} | {("logs.web", "a")}
+    assert [found[f"bad.{n}", None]["dead"] for n in range(8)] == [1] * 8
+    logs = found["logs.web", "a"]
+    assert (logs["waiting"], logs["in_flight"], logs["workers"]) == (4, 2, 2)
 
 
 def test_the_rate(shop: zmqbus.Node) -> None:

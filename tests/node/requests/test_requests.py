@@ -88,6 +88,56 @@ def test_types_on_both_sides(pair: Pair) -> None:
         assert "what a sent for 'typed'" in refused.text
 
 
+class Circle(msgspec.Struct):
+    r: int
+
+
+class Picky(msgspec.Struct):
+    """None of whose values can be made."""
+
+    x: int = 0
+
+    def __post_init__(self) -> None:
+        raise KeyError("x")
+
+
+def test_a_type_that_nothing_can_be_decoded_into_is_refused(pair: Pair) -> None:
+    a, b = pair
+    b.responder("echo")(lambda value: value)
+    both = Point | Circle  # without tags nobody can tell them apart
+    for call in (
+        lambda: a.request("echo", 1, type=both),
+        lambda: a.request_many("echo", 1, type=both),
+        lambda: b.respond("typed", type=both),
+        lambda: b.responder("typed", type=both),
+        lambda: b.responder("typed", type=both, inline=True),
+    ):
+        with pytest.raises(zmqbus.SetupError, match=r"type=.*Point.*must be tagged.*; use one that msgspec can"):
+            call()
+    assert b.statistics()["requests_answered"] == 0, "nothing was sent"
+    with pytest.raises(zmqbus.NoResponders):
+        b.request("typed")
+
+
+@pytest.mark.parametrize("concurrency", [0, -1, 1.5, True, None])
+def test_a_concurrency_that_is_none_is_refused(node: Node, concurrency: Any) -> None:
+    with pytest.raises(zmqbus.SetupError, match=f"concurrency={concurrency}: use a whole number, 1 or more"):
+        node.responder("echo", concurrency=concurrency)
+
+
+def test_a_type_that_raises_is_answered_by_a_failure(pair: Pair) -> None:
+    a, b = pair
+    b.responder("picky", type=Picky, concurrency=1)(lambda value: value)
+    with b.respond("singly", type=Picky) as requests:
+        for _ in range(3):  # the thread lives on
+            with pytest.raises(zmqbus.RemoteError, match="b answered with KeyError: 'x'"):
+                a.request("picky", {}, timeout=20)
+        asked = Asked(a.request, "singly", {}, timeout=20)
+        assert requests.get(0.2) is None
+        assert isinstance(asked.result(), zmqbus.RemoteError)
+    assert not b._engine.requests.answering._open
+
+
 # --- nobody, and oneself -------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 import zmqbus
@@ -72,6 +73,60 @@ def test_a_plain_function_answers(bus: str) -> None:
     asyncio.run(main())
 
 
+class Point(msgspec.Struct):
+    x: int
+
+
+class Circle(msgspec.Struct):
+    r: int
+
+
+class Picky(msgspec.Struct):
+    """None of whose values can be made."""
+
+    x: int = 0
+
+    def __post_init__(self) -> None:
+        raise KeyError("x")
+
+
+def test_what_is_wrong_is_refused_at_once(bus: str) -> None:
+    async def main() -> None:
+        async with AsyncNode("b", bus=bus) as b:
+            b.responder("echo")(lambda value: value)
+            both = Point | Circle
+            with pytest.raises(zmqbus.SetupError, match="must be tagged"):
+                b.respond("typed", type=both)
+            with pytest.raises(zmqbus.SetupError, match="must be tagged"):
+                b.responder("typed", type=both)
+            with pytest.raises(zmqbus.SetupError, match="must be tagged"):
+                await b.request("echo", 1, type=both)
+            with pytest.raises(zmqbus.SetupError, match="must be tagged"):
+                await b.request_many("echo", 1, type=both)
+            with pytest.raises(zmqbus.SetupError, match="concurrency=0: use a whole number, 1 or more"):
+                b.responder("echo", concurrency=0)
+            assert b.statistics()["requests_answered"] == 0, "nothing was sent"
+
+    asyncio.run(main())
+
+
+def test_a_type_that_raises_is_answered_by_a_failure(bus: str) -> None:
+    async def main() -> None:
+        async with AsyncNode("b", bus=bus) as b, b.respond("singly", type=Picky) as requests:
+
+            @b.responder("picky", type=Picky)
+            async def picky(value: Picky) -> None: ...
+
+            getting = asyncio.create_task(requests.get())
+            for service in ("picky", "singly"):
+                with pytest.raises(zmqbus.RemoteError, match="b answered with KeyError: 'x'"):
+                    await b.request(service, {}, timeout=20)
+            assert not b._engine.requests.answering._open
+            getting.cancel()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("how", ["iterated", "entered", "awaited"])
 def test_requests_one_by_one(bus: str, how: str) -> None:
     async def main() -> None:
@@ -104,6 +159,44 @@ def test_requests_one_by_one(bus: str, how: str) -> None:
             await until(lambda: not a._engine.requests.responders.of("jobs"))
             with pytest.raises(zmqbus.NoResponders):
                 await a.request("jobs")
+
+    asyncio.run(main())
+
+
+def test_opening_fails_each_time(bus: str) -> None:
+    async def main() -> None:
+        async with AsyncNode("b", bus=bus) as b:
+            requests = b.respond("white space")
+            for _ in range(2):
+                with pytest.raises(zmqbus.TopicError):
+                    await requests.get(10)
+
+    asyncio.run(main())
+
+
+def test_who_is_cancelled_while_it_opens_leaves_it_to_the_next(bus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with pair(bus) as (a, b):
+            requests = b.respond("jobs")
+            answering = b._engine.requests.answering
+            with monkeypatch.context() as patched:
+                patched.setattr(answering, "_tell", lambda link: answering._untold.add(link.origin))
+                first = asyncio.create_task(requests.get())
+                await until(lambda: bool(answering._untold))  # it waits until the peer knows
+                second = asyncio.create_task(requests.get())
+                await asyncio.sleep(0)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            await a.wait_for_responders("jobs", 1, 10)
+            for getting in (second, asyncio.create_task(requests.get())):
+                asked = asyncio.create_task(a.request("jobs", 3, timeout=20))
+                request = await getting
+                assert request is not None, "it is open"
+                await request.reply(request.value)
+                assert await asked == 3
+            await requests.close()
+            assert await requests.get() is None
 
     asyncio.run(main())
 

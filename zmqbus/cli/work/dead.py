@@ -155,6 +155,7 @@ class Retrying:
 
     def __init__(self, node: Node, jobs: Jobs, names: Sequence[str]) -> None:
         self.chosen = self.done = self.failed = 0
+        self._died_here = 0  # of what failed, that which this node gave up itself; a forwarder counts its own
         self._node = node
         self._jobs = jobs
         self._names = names
@@ -166,7 +167,7 @@ class Retrying:
             letter = letters.get(LOOK)
             if letter is not None:
                 self._take(letter, letters)
-            elif self._waiting and not self._jobs.look() and self._jobs.given_up == self.failed:
+            elif self._waiting and not self._jobs.look() and self._jobs.given_up == self._died_here:
                 self._settle()
             if now() >= until:
                 return not self._waiting
@@ -176,14 +177,21 @@ class Retrying:
         headers = letter.headers or {}
         if headers.get(ORIGIN) == self._node.origin:  # what was pushed just now, and is dead once more
             letters.came -= 1
-            self.failed += 1
-            again = self._waiting.pop(headers.get(SEQ, 0), None)
-            if again is not None:
-                remark(f"{name_of(again)} failed again: {reason_of(letter)}")
-            letter.ack()
+            self._again(letter, self._waiting.pop(headers.get(SEQ, 0), None))
         elif not self._names or name_of(letter) in self._names:
             self.chosen += 1
             self._waiting[self._jobs.push(letter.value, own_headers(letter))] = letter
+
+    def _again(self, letter: Job, before: Job | None) -> None:
+        """One failed again. Of its two letters one stays: the one from before, unless that is gone."""
+        self.failed += 1
+        if letter.origin == self._node.origin:
+            self._died_here += 1
+        if before is not None:
+            letter.ack()
+        else:
+            self.done -= 1
+        remark(f"{name_of(before or letter)} failed again: {reason_of(letter)}")
 
     def _settle(self) -> None:
         for letter in self._waiting.values():

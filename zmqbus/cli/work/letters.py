@@ -9,7 +9,6 @@ from zmqbus.cli.shell import remark, stopping
 from zmqbus.cli.shell.bus import Watch
 from zmqbus.cli.work.settling import give_back, unconfirmed
 from zmqbus.net.clock import now
-from zmqbus.protocol import commands
 from zmqbus.protocol.queues.letters import ATTEMPTS, DEAD_PREFIX, ORIGIN, REASON, SEQ
 
 if TYPE_CHECKING:
@@ -104,14 +103,13 @@ class Letters:
 
 def _number(node: Node, topic: str) -> int:
     from zmqbus.cli.messages.render import escape
-    from zmqbus.node.faces.asking import ask
+    from zmqbus.node.faces.asking import queues_of
 
     peers = {peer.origin: peer for peer in node.peers()}
-    answers = ask(node, {origin: commands.Stats() for origin in peers}, ANSWER)
-    for origin in peers.keys() - answers.keys():
+    told = queues_of(node, peers, ANSWER, topic)
+    for origin in peers.keys() - told.keys():
         remark(f"{escape(peers[origin].name)} did not say within {ANSWER:g} s what it has")
-    told = [answer.queues for answer in answers.values() if isinstance(answer, commands.Statistics)]
-    figures = [one for queues in told for one in queues if one.topic == topic and not one.group]
+    figures = [one for queues in told.values() for one in queues if not one.group]
     return sum(one.waiting + one.in_flight + one.delayed for one in figures)
 
 

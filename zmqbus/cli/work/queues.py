@@ -13,7 +13,7 @@ from zmqbus.cli.shell.bus import SETTLE, Bus, Duration, Watch, settle
 from zmqbus.cli.shell.output import Column, make_table, on_terminal, show_table
 from zmqbus.cli.shell.stopping import rest
 from zmqbus.net.clock import now, time_ns
-from zmqbus.protocol import commands
+from zmqbus.protocol.commands import QueueFigures
 from zmqbus.protocol.queues.letters import DEAD_PREFIX
 from zmqbus.protocol.topics import Matcher, check_pattern
 
@@ -77,16 +77,15 @@ class Looking:
 
     def look(self) -> list[Row]:
         """By queue, owner and group."""
-        from zmqbus.node.faces.asking import ask
+        from zmqbus.node.faces.asking import queues_of
 
         peers = {peer.origin: peer for peer in self._node.peers()}
-        answers = ask(self._node, {origin: commands.Stats() for origin in peers}, self._timeout)
+        told = queues_of(self._node, peers, self._timeout)
         at, rows = now(), dict[Key, Row]()
-        for origin, answer in answers.items():
-            if isinstance(answer, commands.Statistics):
-                for figures in answer.queues:
-                    self._count(rows, origin, peers[origin].name, figures)
-        self.silent = {peers[origin].name for origin in peers.keys() - answers.keys()}
+        for origin, owned in told.items():
+            for figures in owned:
+                self._count(rows, origin, peers[origin].name, figures)
+        self.silent = {peers[origin].name for origin in peers.keys() - told.keys()}
         if self._before is not None:
             then, done = self._before
             for key, row in rows.items():
@@ -95,7 +94,7 @@ class Looking:
         shown = (row for key, row in rows.items() if not _is_idle(row) or (*key[:2], "") not in rows)
         return sorted(shown, key=lambda row: (row.queue, row.owner, row.origin, row.group))
 
-    def _count(self, rows: dict[Key, Row], origin: int, owner: str, figures: commands.QueueFigures) -> None:
+    def _count(self, rows: dict[Key, Row], origin: int, owner: str, figures: QueueFigures) -> None:
         queue = figures.topic.removeprefix(DEAD_PREFIX)
         if not self._matches(queue):
             return

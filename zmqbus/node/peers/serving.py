@@ -20,6 +20,11 @@ TOPICS_PER_STATS = 1000
 Counters = dict[str, int | float | str]
 
 
+def key_of(queue: QueueFigures) -> tuple[str, str]:
+    """Where it is among the queues of a node."""
+    return queue.topic, queue.group
+
+
 class Extension(Protocol):
     """What makes a node more than a node. All of it on the engine's loop."""
 
@@ -109,7 +114,11 @@ class Service:
         topics = self._outlet.topics(body.skip, TOPICS_PER_STATS) if body.topics else []
         cursors = self._extension.cursors()[:HEADS_PER_COMMAND] if self._extension is not None else []
         more = len(topics) == TOPICS_PER_STATS
-        queues = (self._jobs.figures() + (self._extension.queues() if self._extension is not None else []))[
-            :QUEUES_PER_STATISTICS
-        ]
-        return commands.Statistics(self._counters(), topics, more, cursors, queues)
+        queues = self._queues((body.queue, body.group))
+        page = queues[:QUEUES_PER_STATISTICS]
+        return commands.Statistics(self._counters(), topics, more, cursors, page, len(queues) > len(page))
+
+    def _queues(self, first: tuple[str, str]) -> list[QueueFigures]:
+        """From this topic and group on, in their order, which stays while queues come and go."""
+        there = self._jobs.figures() + (self._extension.queues() if self._extension is not None else [])
+        return sorted((one for one in there if key_of(one) >= first), key=key_of)

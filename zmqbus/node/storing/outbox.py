@@ -100,9 +100,12 @@ class Outbox:
             await self._advance()
         await self._committer.close()
         self._reader.close()
-        await asyncio.to_thread(self._reading.close)
-        await asyncio.to_thread(self._writing.close)
-        await asyncio.to_thread(self.journal.close, time_ns())
+        # By threads that are there: at the end of the interpreter there are no new ones.
+        await self._reading.end()
+        try:
+            await self._writing.do(self.journal.close, time_ns())
+        finally:
+            await self._writing.end()
 
     def counters(self) -> dict[str, int | float]:
         """Its size, and messages that no forwarder is known to have."""

@@ -49,6 +49,11 @@ class Worker:
         self._tasks.put(None)
         self._thread.join()
 
+    async def end(self) -> None:
+        """The same, but the loop goes on meanwhile."""
+        await self.do(lambda: None)
+        self.close()
+
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
             work, arguments, then = task

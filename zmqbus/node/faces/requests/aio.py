@@ -9,14 +9,16 @@ from collections.abc import AsyncIterator, Callable, Generator
 from types import TracebackType
 from typing import Any, Protocol
 
-from zmqbus.errors import RequestTimeout, ZmqbusError
+from zmqbus.errors import RequestTimeout
 from zmqbus.node.engine import Engine
 from zmqbus.node.faces.requests.sync import Inline, Request, Responds
 from zmqbus.node.faces.requests.values import (
     TASKS,
     TIMEOUT,
     Reply,
+    check_concurrency,
     check_timeout,
+    check_type,
     failure,
     pack,
     replies,
@@ -43,6 +45,7 @@ async def ask(
 ) -> Any:
     """See `Node.request`."""
     check_timeout(timeout)
+    check_type(value_type)
     future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
     def on_end(outcome: Outcome) -> None:
@@ -94,7 +97,7 @@ def begun(engine: Engine, incoming: Incoming, value_type: Any) -> AsyncRequest |
         return None
     try:
         return AsyncRequest(engine, incoming, value_type)
-    except ZmqbusError as error:
+    except Exception as error:
         answering.end(incoming, failure(error))
         return None
 
@@ -111,17 +114,28 @@ class AsyncRequests(Responder):
 
     def __init__(self, node: AsyncHome, service: str, value_type: Any) -> None:
         super().__init__(service)
+        check_type(value_type)
         self._node = node
         self._type = value_type
         self._attached = False
+        self._opening = asyncio.Lock()
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
 
     async def open(self) -> AsyncRequests:
         """Begin to respond, if that is not done yet."""
         if not self._attached:
-            self._attached = True
-            await self._node._at_home().requests.answering.attach(self)
+            async with self._opening:  # should the first be cancelled, the next who waits here begins anew
+                if not self._attached:
+                    await self._attach()
         return self
+
+    async def _attach(self) -> None:
+        try:
+            await self._node._at_home().requests.answering.attach(self)
+        except BaseException:
+            self._queue = asyncio.Queue()  # without the sign that no more will come
+            raise
+        self._attached = True
 
     async def get(self, timeout: float | None = None) -> AsyncRequest | None:
         """The next request; None when none came within `timeout` seconds, or it is closed."""
@@ -247,6 +261,7 @@ class AsyncRequesting:
     ) -> list[Reply]:
         """See `Node.request_many`."""
         check_timeout(timeout)
+        check_type(type)
         requests = self._at_home().requests
         outcomes = await requests.asking.gather(service, *pack(value, headers), timeout, n)
         return replies(outcomes, type, service, requests.responders)
@@ -260,6 +275,8 @@ class AsyncRequesting:
     ) -> Callable[[Responds], Responds]:
         """See `Node.responder`. A coroutine function runs as a task, of which there are `concurrency` at most;
         a plain function is called on the loop, at once. Peers are told of it meanwhile."""
+        check_type(type)
+        check_concurrency(concurrency)
         engine = self._at_home()
 
         def register(function: Responds) -> Responds:

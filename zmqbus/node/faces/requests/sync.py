@@ -10,14 +10,16 @@ from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from zmqbus.errors import ForkedProcess, NodeClosed, RequestTimeout, SetupError, ZmqbusError
+from zmqbus.errors import ForkedProcess, NodeClosed, RequestTimeout, SetupError
 from zmqbus.net.clock import now
 from zmqbus.node.engine import Engine
 from zmqbus.node.faces.requests.values import (
     CONCURRENCY,
     TIMEOUT,
     Reply,
+    check_concurrency,
     check_timeout,
+    check_type,
     failure,
     pack,
     replies,
@@ -56,6 +58,7 @@ def ask(
     if engine.refusal is not None:
         raise engine.refusal
     check_timeout(timeout)
+    check_type(value_type)
     packed = pack(value, headers)
     answered = Lock()
     answered.acquire()
@@ -136,7 +139,7 @@ def begun(engine: Engine, incoming: Incoming, value_type: Any) -> Request | None
         return None
     try:
         return Request(engine, incoming, value_type)
-    except ZmqbusError as error:
+    except Exception as error:
         end(engine, incoming, failure(error))
         return None
 
@@ -146,6 +149,7 @@ class Requests(Responder):
 
     def __init__(self, node: Home, service: str, value_type: Any) -> None:
         super().__init__(service)
+        check_type(value_type)
         self._node = node
         self._type = value_type
         self._queue: SimpleQueue[Incoming | None] = SimpleQueue()
@@ -305,6 +309,7 @@ class Requesting:
             ReplyMismatch: the answer does not fit `type`.
             UnsupportedValue: the value, or a header, cannot be carried by msgpack.
             MessageTooLarge: it is larger than 1,000,000 bytes.
+            SetupError: the timeout, or `type`, is none; nothing was sent.
             NodeClosed: the node has been closed, or was while this waited.
         """
         return ask(self, service, value, headers, timeout, type)
@@ -324,9 +329,10 @@ class Requesting:
         Returns when all have, or the first `n`, or after `timeout` seconds; who has not answered by then is missing.
 
         Raises:
-            NoResponders: there is nobody. And UnsupportedValue, MessageTooLarge, NodeClosed, as `request`.
+            NoResponders: there is nobody. And UnsupportedValue, MessageTooLarge, SetupError, NodeClosed, as `request`.
         """
         check_timeout(timeout)
+        check_type(type)
         requests = self._engine.requests
         outcomes = self._call(requests.asking.gather(service, *pack(value, headers), timeout, n))
         return replies(outcomes, type, service, requests.responders)
@@ -338,7 +344,7 @@ class Requesting:
 
         Raises:
             TopicError: the service breaks the grammar of topics.
-            SetupError: this node responds to 256 services already.
+            SetupError: this node responds to 256 services already, or nothing can be decoded into `type`.
         """
         return Requests(self, service, type)
 
@@ -357,7 +363,12 @@ class Requesting:
             concurrency: how many calls there may be at a time, each on a thread.
             inline: call it on the thread that does all other work of this node: the quickest, for what takes
                 microseconds. While it runs, nothing else does.
+
+        Raises:
+            SetupError: `concurrency` is below 1. And what `respond` raises.
         """
+        check_type(type)
+        check_concurrency(concurrency)
 
         def register(function: Responds) -> Responds:
             if inspect.iscoroutinefunction(function):

@@ -120,3 +120,19 @@ def check_timeout(timeout: float | None) -> None:
     """Raises SetupError for what is not a number of seconds above 0, or None."""
     if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
         raise SetupError(f"timeout={timeout!r}: use a number of seconds above 0, or None for no limit")
+
+
+def check_type(value_type: Any) -> None:
+    """Raises SetupError for a type into which no value can be decoded. Of a good one the decoder is ready then."""
+    if value_type is not None:
+        try:
+            _decoder(value_type)
+        except Exception as error:
+            advice = "use one that msgspec can decode, as a Struct, a dataclass or list[int]"
+            raise SetupError(f"type={value_type!r}: {error}; {advice}") from None
+
+
+def check_concurrency(concurrency: int) -> None:
+    """Raises SetupError for what is not a number of calls at a time."""
+    if isinstance(concurrency, bool) or not (isinstance(concurrency, int) and concurrency >= 1):
+        raise SetupError(f"concurrency={concurrency!r}: use a whole number, 1 or more")
