@@ -15,11 +15,21 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+import pytest
 from click.testing import CliRunner
 
 from zmqbus.cli.group import cli
+from zmqbus.cli.shell.bus import Watch, settle
+from zmqbus.node.faces.node import Node
 
 PATIENCE = 60.0  # for a process, on a machine with other work to do
+SETTLING = (
+    "views",
+    "forwarder.asking",
+    "work.dead",
+    "work.queues",
+    "work.request",
+)  # those that look for nodes for so long
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -29,9 +39,18 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def run(*args: str, text: str | bytes | None = None) -> tuple[int, str, str]:
-    """The same for a command in this process."""
-    result = CliRunner().invoke(cli, list(args), input=text)
+def run(*args: str, text: str | bytes | None = None, others: int = 0) -> tuple[int, str, str]:
+    """The same for a command in this process. What it takes for nodes to be found lasts until it has met `others`."""
+
+    def patiently(node: Node, watch: Watch, seconds: float) -> None:
+        settle(node, watch, seconds)
+        node.wait_for_peers(others, PATIENCE)
+        watch.poll()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SETTLING:
+            patch.setattr(f"zmqbus.cli.{name}.settle", patiently)
+        result = CliRunner().invoke(cli, list(args), input=text)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result.exit_code, result.stdout, result.stderr
 

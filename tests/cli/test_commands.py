@@ -21,6 +21,7 @@ import zmqbus
 from tests.cli.commands import PATIENCE, finish, run
 from zmqbus.cli import shell
 from zmqbus.cli.group import cli
+from zmqbus.cli.pubsub import pub
 from zmqbus.cli.pubsub.tap import drain
 from zmqbus.cli.shell.input import Pacer
 from zmqbus.cli.shell.output import loss_report
@@ -125,7 +126,15 @@ def test_completion(start: Callable[..., subprocess.Popen[str]], monkeypatch: py
 # --- publish and subscribe, in processes of their own --------------------------------------------
 
 
-def test_pub_reaches_sub_and_tap(start: Callable[..., subprocess.Popen[str]], bus: str) -> None:
+def test_pub_reaches_sub_and_tap(
+    start: Callable[..., subprocess.Popen[str]], bus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = pub._wait_for
+
+    def wait_patiently(node: zmqbus.Node, topic: str, wanted: int, timeout: float | None, **options: bool) -> int:
+        return wait(node, topic, wanted, PATIENCE if wanted <= 2 else timeout, **options)
+
+    monkeypatch.setattr(pub, "_wait_for", wait_patiently)  # sub and tap may be busy; nobody else is waited for
     sub = start("sub", "greet.>", "--json", "-n", "5")
     tap = start("tap", "-x", "greet.noise", "--where", "size > 2 or value == null", "-n", "4")
     with zmqbus.Node("probe", bus=bus) as probe:
@@ -329,28 +338,28 @@ def test_nodes_and_topics(bus: str) -> None:
         node.publish("logs.a", "x")
         node.publish("logs.b", "x")
         node.publish("other", "x")
-        code, out, _ = run("nodes", "--json", "--wait", "500ms")
+        code, out, _ = run("nodes", "--json", "--wait", "500ms", others=1)
         [row] = [json.loads(line) for line in out.splitlines()]
         assert (row["name"], row["origin"], row["pid"]) == ("web-1", f"{node.origin:016x}", os.getpid())
         assert row["inbox"] == node.endpoints["inbox"]
-        code, out, _ = run("nodes", "--wait", "500ms")
+        code, out, _ = run("nodes", "--wait", "500ms", others=1)
         headings = "name origin host pid role inbox release age claims"
         assert out.splitlines()[0].split() == headings.split()
         assert f"{node.origin:016x}" in out.splitlines()[1]
 
-        code, out, _ = run("topics", "logs.*", "--json", "--wait", "500ms")
+        code, out, _ = run("topics", "logs.*", "--json", "--wait", "500ms", others=1)
         rows = [json.loads(line) for line in out.splitlines()]
         assert [(row["topic"], row["node"], row["seq"]) for row in rows] == [
             ("logs.a", "web-1", 2),
             ("logs.b", "web-1", 1),
         ]
-        code, out, _ = run("topics", "--wait", "500ms")
+        code, out, _ = run("topics", "--wait", "500ms", others=1)
         assert [line.split()[0] for line in out.splitlines()] == ["topic", "logs.a", "logs.b", "other"]
-        code, out, err = run("topics", "nothing.*", "--wait", "500ms")
+        code, out, err = run("topics", "nothing.*", "--wait", "500ms", others=1)
         assert (code, out) == (0, "")
         assert "published on such a topic" in err
     with zmqbus.Node("silent", bus=bus):
-        code, out, err = run("topics", "--wait", "500ms")
+        code, out, err = run("topics", "--wait", "500ms", others=1)
         assert (code, out, err) == (0, "", f"zmqbus: the one other node on bus {bus!r} has not published anything\n")
 
 

@@ -93,7 +93,8 @@ def hand_over(node: zmqbus.Node) -> None:
 
 
 def status(*args: str) -> dict[str, object]:
-    code, out, _ = run("forwarder", "status", "--json", *WAIT, *args)
+    """Of the only forwarder, which a node has met that is there as well."""
+    code, out, _ = run("forwarder", "status", "--json", *WAIT, *args, others=2)
     assert code == 0
     [row] = [json.loads(line) for line in out.splitlines()]
     return row
@@ -125,8 +126,8 @@ def test_a_life(start: Start, bus: str, tmp_path: Path) -> None:
         assert row["messages_per_s"] > 0  # type: ignore[operator]
         assert 0 < row["fsync_p50_ms"] <= row["fsync_max_ms"]  # type: ignore[operator]
         assert 0 <= row["last_commit_s"] <= row["uptime_s"]  # type: ignore[operator]
-        assert run("forwarder", "--status", "--json", *WAIT, peer.name)[0] == 0
-        code, out, _ = run("nodes", *WAIT)
+        assert run("forwarder", "--status", "--json", *WAIT, peer.name, others=2)[0] == 0
+        code, out, _ = run("nodes", *WAIT, others=2)
         assert re.search(r" forwarder .* logs\.> a\.b c$", out, re.MULTILINE)
 
     one.kill()
@@ -372,7 +373,7 @@ def test_a_full_disk(start: Start, bus: str, tiny_disk: Path) -> None:
     with joined(bus) as (node, _):
         fill(node)
         assert "nothing more is accepted until there is room" in said(one, "warning")
-        _, out, err = run("forwarder", "status", *WAIT)
+        _, out, err = run("forwarder", "status", *WAIT, others=2)
         assert " FULL " in out
         assert "takes nothing at present: " in err
         kept = status()["next_offset"]
@@ -394,18 +395,18 @@ def test_cursors_hold_retention_and_are_forgotten(start: Start, bus: str, tmp_pa
         reading = commands.Read(7, ["t"], 1 << 20, cursor="slow", offset=0)
         assert isinstance(ask(node, {peer.origin: reading}, PATIENCE)[peer.origin], commands.Log)
         assert status()["cursors"] == [{"name": "slow", "offset": 0, "lag": 1, "reading": True}]
-        code, out, err = run("forwarder", "forget", "slow", "--yes", *WAIT)
+        code, out, err = run("forwarder", "forget", "slow", "--yes", *WAIT, others=2)
         assert (code, out) == (1, "")
         assert err == "zmqbus: somebody reads as slow from keeper at present: stop that first\n"
 
     with joined(bus) as (node, peer):  # whoever read has gone
         fill(node)
         said(one, "nothing more is accepted")
-        code, out, err = run("forwarder", "status", "keeper", *WAIT)
+        code, out, err = run("forwarder", "status", "keeper", *WAIT, others=2)
         assert code == 0
         last = status()["next_offset"]
         assert re.search(rf"^slow +keeper +0 +{last} +nobody$", out, re.MULTILINE)
-        code, out, err = run("forwarder", "forget", "slow", *WAIT)
+        code, out, err = run("forwarder", "forget", "slow", *WAIT, others=2)
         assert code == 2
         assert re.fullmatch(
             rf"keeper: cursor slow is at offset 0, {last} messages behind; retention may then remove {last} messages "
@@ -415,11 +416,11 @@ def test_cursors_hold_retention_and_are_forgotten(start: Start, bus: str, tmp_pa
         assert err == "zmqbus: nothing was changed; to do it: zmqbus forwarder forget --yes slow\n"
         assert len(status()["cursors"]) == 1  # type: ignore[arg-type]
 
-        code, _, err = run("forwarder", "forget", "quick", "--yes", *WAIT)
+        code, _, err = run("forwarder", "forget", "quick", "--yes", *WAIT, others=2)
         assert (code, err) == (1, "zmqbus: no forwarder that answered has a cursor quick; there are: slow\n")
-        code, _, err = run("forwarder", "forget", "slow", "--forwarder", "other", *WAIT)
+        code, _, err = run("forwarder", "forget", "slow", "--forwarder", "other", *WAIT, others=2)
         assert (code, err) == (3, f"zmqbus: no forwarder on bus '{bus}' is named other; there are: keeper\n")
-        code, out, err = run("forwarder", "forget", "slow", "--yes", "--forwarder", "keeper", *WAIT)
+        code, out, err = run("forwarder", "forget", "slow", "--yes", "--forwarder", "keeper", *WAIT, others=2)
         assert (code, err) == (0, "")
         assert out.endswith("\nkeeper: cursor slow is forgotten\n")
         said(one, "has room again")

@@ -73,7 +73,7 @@ def test_no_answer_in_time(node: zmqbus.Node) -> None:
         code, out, err = run("request", "slow", "--timeout", "200ms")
         assert (code, out) == (3, "")
         assert err == "zmqbus: no answer from 'slow' within 0.2 s; whether it was carried out is not known\n"
-        assert run("request", "slow", "--all", "--timeout", "200ms") == (
+        assert run("request", "slow", "--all", "--timeout", "200ms", others=1) == (
             *(3, ""),
             "zmqbus: no answer to slow within 0.2 s\n",
         )
@@ -105,20 +105,20 @@ def test_all_of_them(bus: str, node: zmqbus.Node) -> None:
     with zmqbus.Node("other", bus=bus) as other:
         other.responder("echo")(lambda value: [value])
         other.responder("bad")(lambda value: {}["k"])
-        code, out, err = run("request", "echo", "x", "--all")
+        code, out, err = run("request", "echo", "x", "--all", others=2)
         assert (code, sorted(out.splitlines()), err) == (0, ['other  ["x"]', "server  x"], "")
-        code, out, err = run("request", "echo", "--json", "7", "--all")
+        code, out, err = run("request", "echo", "--json", "7", "--all", others=2)
         rows = {row["responder"]: row for row in map(json.loads, out.splitlines())}
         assert (code, err) == (0, "")
         assert rows == {
             "server": {"responder": "server", "origin": f"{node.origin:016x}", "value": 7},
             "other": {"responder": "other", "origin": f"{other.origin:016x}", "value": [7]},
         }
-        assert run("request", "bad", "--all") == (1, "", "zmqbus: other answered with KeyError: 'k'\n")
-        code, out, err = run("request", "bad", "--all", "--json")
+        assert run("request", "bad", "--all", others=2) == (1, "", "zmqbus: other answered with KeyError: 'k'\n")
+        code, out, err = run("request", "bad", "--all", "--json", others=2)
         assert (code, err) == (1, "")
         assert json.loads(out)["error"] == {"type": "KeyError", "text": "'k'"}
-        code, out, err = run("request", "nobody.there", "--all", "--wait", "1s")
+        code, out, err = run("request", "nobody.there", "--all", "--wait", "1s", others=2)
         assert (code, out) == (3, "")
         assert "nobody on the bus responds" in err
 

@@ -73,26 +73,43 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 
 class Pulse:
-    """Another task of the loop: counts its turns, and measures the longest time between two of them."""
+    """Another task of the loop: counts its turns, and measures the longest time between two of them.
+
+    That is what the loop spent at work, or another thread saw go by. On a busy machine both stand still together.
+    """
+
+    TICK = 0.005
 
     def __init__(self) -> None:
         self.turns = 0
         self.longest = 0.0
+        self._ticks = 0
+        self._ended = threading.Event()
+        self._ticking = threading.Thread(target=self._tick)
 
     async def __aenter__(self) -> Pulse:
+        self._ticking.start()
         self._task = asyncio.create_task(self._beat())
         await asyncio.sleep(0)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._task.cancel()
+        self._ended.set()
+        self._ticking.join()
+
+    def _tick(self) -> None:
+        while not self._ended.wait(self.TICK):
+            self._ticks += 1
 
     async def _beat(self) -> None:
-        last = time.monotonic()
+        worked, ticks = time.thread_time(), self._ticks
         while True:
             await asyncio.sleep(0)
             self.turns += 1
-            self.longest = max(self.longest, -last + (last := time.monotonic()))
+            at_work = -worked + (worked := time.thread_time())
+            gone_by = (-ticks + (ticks := self._ticks)) * self.TICK
+            self.longest = max(self.longest, at_work, gone_by)
 
 
 # --- the same face -------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def names(node: zmqbus.Node) -> list[str]:
 
 
 def letters() -> list[dict[str, Any]]:
-    code, out, _ = run("dead", "ls", "q.mail", "--json", *WAIT)
+    code, out, _ = run("dead", "ls", "q.mail", "--json", *WAIT, others=1)
     assert code == 0
     return sorted((json.loads(line) for line in out.splitlines()), key=lambda one: one["letter"])
 
@@ -49,17 +49,17 @@ def test_looking_leaves_no_trace(shop: zmqbus.Node) -> None:
     for number, one in enumerate(found):
         assert (one["queue"], one["attempts"], one["reason"]) == ("q.mail", 1, "no\x1b[2J address")
         assert (one["value"], one["headers"]) == ({"n": number}, {"a": "b"})
-    code, out, err = run("dead", "ls", "q.mail", "-n", "2", *WAIT)
+    code, out, err = run("dead", "ls", "q.mail", "-n", "2", *WAIT, others=1)
     assert code == 0
     assert {line.split()[0] for line in out.splitlines()} < {"letter", *names(shop)}
     assert len(out.splitlines()) == 3
     assert r"no\x1b[2J address" in out
     assert err == "zmqbus: 1 more letter: see them with -n\n"
-    code, out, err = run("dead", "show", "q.mail", names(shop)[1], *WAIT)
+    code, out, err = run("dead", "show", "q.mail", names(shop)[1], *WAIT, others=1)
     assert (code, err) == (0, "")
     assert out.splitlines()[0].startswith(f"{names(shop)[1]}  died 2")
     assert out.splitlines()[1:] == ['  headers  {"a":"b"}', '  value    {"n":1}']
-    code, out, err = run("dead", "show", "q.mail", "nobody#7", *WAIT)
+    code, out, err = run("dead", "show", "q.mail", "nobody#7", *WAIT, others=1)
     assert (code, out) == (1, "")
     assert "no nobody#7 among the dead letters of q.mail" in err
     kept = figures(shop, DEAD)
@@ -89,7 +89,7 @@ def test_letters_of_one_queue_among_many(shop: zmqbus.Node, monkeypatch: pytest.
 def test_what_somebody_else_holds_is_said(shop: zmqbus.Node) -> None:
     with shop.pull(DEAD, credit=2) as worker:
         held = [worker.get(5), worker.get(5)]
-        code, out, err = run("dead", "ls", "q.mail", *WAIT)
+        code, out, err = run("dead", "ls", "q.mail", *WAIT, others=1)
         assert code == 0
         assert len(out.splitlines()) == 2
         assert "2 more letters did not come: somebody else looks at them" in err
@@ -99,19 +99,21 @@ def test_what_somebody_else_holds_is_said(shop: zmqbus.Node) -> None:
 
 
 def test_purging(shop: zmqbus.Node) -> None:
-    code, out, err = run("dead", "purge", "q.mail", *WAIT)
+    code, out, err = run("dead", "purge", "q.mail", *WAIT, others=1)
     assert (code, out) == (2, "")
     assert "q.mail has 3 dead letters; nothing was changed; to do it: zmqbus dead purge --yes q.mail" in err
     first, second, third = names(shop)
-    assert run("dead", "purge", "--yes", "q.mail", second, *WAIT) == (0, "1 dead letter of q.mail thrown away\n", "")
+    done = run("dead", "purge", "--yes", "q.mail", second, *WAIT, others=1)
+    assert done == (0, "1 dead letter of q.mail thrown away\n", "")
     assert [one["letter"] for one in letters()] == [first, third]
-    assert run("dead", "purge", "--yes", "q.mail", *WAIT) == (0, "2 dead letters of q.mail thrown away\n", "")
+    done = run("dead", "purge", "--yes", "q.mail", *WAIT, others=1)
+    assert done == (0, "2 dead letters of q.mail thrown away\n", "")
     assert letters() == []
     assert figures(shop, DEAD).done == 3
 
 
 def test_retrying_ends_when_a_worker_is_done(shop: zmqbus.Node, start: Start) -> None:
-    retry = start("dead", "retry", "q.mail", *WAIT)
+    retry = start("dead", "retry", "q.mail", "--wait", "2s")
     with shop.pull("q.mail") as worker:
         jobs = [worker.get(30) for _ in range(3)]
         assert retry.poll() is None
@@ -141,7 +143,7 @@ def test_what_fails_again_stays(shop: zmqbus.Node, start: Start) -> None:
 
     worker = Thread(target=work)
     worker.start()
-    code, _, err = finish(start("dead", "retry", "q.mail", *WAIT))
+    code, _, err = finish(start("dead", "retry", "q.mail", "--wait", "2s"))
     worker.join()
     assert code == 1
     assert err.splitlines() == [
@@ -153,7 +155,7 @@ def test_what_fails_again_stays(shop: zmqbus.Node, start: Start) -> None:
 
 
 def test_retrying_in_vain_loses_nothing(shop: zmqbus.Node) -> None:
-    code, out, err = run("dead", "retry", "q.mail", "--timeout", "1s", *WAIT)
+    code, out, err = run("dead", "retry", "q.mail", "--timeout", "1s", *WAIT, others=1)
     assert (code, out) == (3, "")
     assert err == "zmqbus: 0 dead letters of q.mail pushed again, 3 not done and dead letters still\n"
     assert [one["letter"] for one in letters()] == names(shop)
@@ -167,11 +169,11 @@ def test_with_a_forwarder(start: Start, bus: str, tmp_path: Path) -> None:
     assert run("pull", "q.mail", "--exec", "exit 65", "-n", "3", "-q")[0] == 0
     found = letters()
     assert sorted(one["value"] for one in found) == ["a", "b", "c"]
-    code, _, err = run("dead", "retry", "q.mail", found[0]["letter"], *WAIT)
+    code, _, err = run("dead", "retry", "q.mail", found[0]["letter"], *WAIT, others=1)
     assert (code, err) == (0, "zmqbus: 1 dead letter of q.mail pushed again\n")
     assert [one["letter"] for one in letters()] == [one["letter"] for one in found[1:]]
     assert run("pull", "q.mail", "-n", "1", "-q")[1] == f"q.mail  {found[0]['value']}\n"
-    assert run("dead", "purge", "--yes", "q.mail", *WAIT)[0] == 0
+    assert run("dead", "purge", "--yes", "q.mail", *WAIT, others=1)[0] == 0
     assert letters() == []
 
 

@@ -57,6 +57,12 @@ def start(bus: str, tmp_path: Any) -> Iterator[Callable[[str], Process]]:
         each.process.stdout.close()
 
 
+def out_of_time(node: Any) -> bool:
+    """Whether requests have come to this node, and nobody waits for an answer to any of them any more."""
+    there = list(node._engine.requests.answering._open)
+    return bool(there) and all(one.is_late for one in there)
+
+
 class Asked(threading.Thread):
     """A request under way on a thread of its own."""
 

@@ -12,7 +12,7 @@ import pytest
 
 import zmqbus
 from tests.node.conftest import eventually
-from tests.node.requests.conftest import Asked, Process
+from tests.node.requests.conftest import Asked, Process, out_of_time
 from zmqbus import Node
 from zmqbus.node.work.requests.lanes import Lanes
 
@@ -100,8 +100,9 @@ def test_after_a_timeout_the_lane_is_given_up(pair: Pair) -> None:
         assert 0.2 <= time.monotonic() - began < 5
         assert lanes_of(a).asked == before + 1
         assert lanes_of(a)._number == {}
+        eventually(lambda: out_of_time(b))
         assert requests.get(0.05) is None, "nobody waits for it any more"
-        asked = Asked(a.request, "slow", 2, timeout=0.5)
+        asked = Asked(a.request, "slow", 2, timeout=2)
         request = requests.get(10)
         assert request is not None
         assert isinstance(asked.result(), zmqbus.RequestTimeout)

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 import zmqbus
+from tests.node.requests.conftest import out_of_time
 from zmqbus import AsyncNode, Node
 
 
@@ -208,6 +209,7 @@ def test_time_and_cancelling(bus: str) -> None:
             with pytest.raises(zmqbus.RequestTimeout):
                 await a.request("slow", 1, timeout=0.1)
             assert 0.1 <= time.monotonic() - began < 5
+            await until(lambda: out_of_time(b))
             load = a._engine.requests.responders.load
             waiting = asyncio.create_task(a.request("slow", 2, timeout=None))
             await until(lambda: load(b.origin) == 1)

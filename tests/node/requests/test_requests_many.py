@@ -190,8 +190,8 @@ def test_asking_all(bus: str, node: Node) -> None:
         with r1.respond("who"):  # does not answer
             node.wait_for_responders("who", 4, 10)
             began = time.monotonic()
-            replies = {reply.responder: reply for reply in node.request_many("who", 7, timeout=0.5)}
-            assert 0.5 <= time.monotonic() - began < 5
+            replies = {reply.responder: reply for reply in node.request_many("who", 7, timeout=3)}
+            assert 2.99 <= time.monotonic() - began < 7.5  # the clock of a loop may be some milliseconds ahead
             assert set(replies) == {"r0", "r2", "node"}
             assert (replies["r0"].value, replies["r0"].origin, replies["r0"].error) == (8, r0.origin, None)
             assert (replies["node"].value, replies["node"].origin) == (6, node.origin)
@@ -254,11 +254,10 @@ def test_closing_waits_for_what_has_begun(bus: str, pair: Pair) -> None:
 
 def test_what_is_not_done_when_a_node_has_closed_fails(pair: Pair) -> None:
     a, b = pair
-    gate = threading.Event()
-    b.responder("slow")(lambda value: gate.wait(20))
+    began, gate = threading.Event(), threading.Event()
+    b.responder("slow")(lambda value: (began.set(), gate.wait(20))[1])
     asked = Asked(a.request, "slow", timeout=60)
-    eventually(lambda: a.statistics()["requests_sent"] == 1)
-    time.sleep(0.05)
+    assert began.wait(10)
     b.close(timeout=0.2)
     gate.set()
     outcome = asked.result()
