@@ -125,10 +125,12 @@ class Request:
 
 
 def end(engine: Engine, incoming: Incoming, body: Body | None, parts: tuple[bytes, ...] = ()) -> bool:
-    """Answer a request, or drop it, from any thread but the engine's. False: it was ended before."""
+    """Answer a request, or drop it, on this thread, which is not the engine's. False: it was ended before."""
     if not incoming.claim():
         return False
-    engine.soon(engine.requests.answering.ended, incoming, body, parts)
+    if body is not None:
+        incoming.send(body, parts)
+    engine.soon(engine.requests.answering.ended, incoming, body is not None)
     return True
 
 

@@ -46,7 +46,7 @@ class Incoming:
         expires_at: float | None,
         answer: Callable[[Body, tuple[bytes, ...]], None],
     ) -> None:
-        """`answer`: sends the answer. Called on the loop."""
+        """`answer`: sends the answer, from any thread."""
         self.service = service
         self.packed = packed
         self.headers = headers
@@ -70,7 +70,7 @@ class Incoming:
         return True
 
     def send(self, body: Body, parts: tuple[bytes, ...]) -> None:
-        """On the loop."""
+        """By who has claimed it."""
         self._answer(body, parts)
 
 
@@ -114,7 +114,7 @@ class Host(Protocol):
         """The other nodes."""
 
     def answer(self, identity: bytes, body: Body, request: int, parts: tuple[bytes, ...]) -> bool:
-        """Send to whoever asked. False: it cannot be reached."""
+        """Send to whoever asked. Any thread. False: it cannot be reached."""
 
 
 class Answering:
@@ -279,21 +279,22 @@ class Answering:
         """Answer it; None: drop it. False: it was ended before. On the loop."""
         if not incoming.claim():
             return False
-        self.ended(incoming, body, parts)
+        if body is not None:
+            incoming.send(body, parts)
+        self.ended(incoming, body is not None)
         return True
 
-    def ended(self, incoming: Incoming, body: Body | None, parts: tuple[bytes, ...] = ()) -> None:
-        """The same, by who has claimed it."""
+    def ended(self, incoming: Incoming, is_answered: bool) -> None:
+        """It was, by who had claimed it."""
         self._let_go(incoming)
-        if body is None:
-            self.dropped += 1
-        else:
+        if is_answered:
             self.answered += 1
             self._answered_at.pop(incoming.origin, None)
             self._answered_at[incoming.origin] = now()
             if len(self._answered_at) > ANSWERED_MAX:
                 del self._answered_at[next(iter(self._answered_at))]
-            incoming.send(body, parts)
+        else:
+            self.dropped += 1
 
     def owes(self, origin: int) -> bool:
         """Whether our last answer to a node may still be on its way."""
