@@ -25,6 +25,7 @@ from zmqbus import AsyncNode, BufferFull, Message, Node, NotDurable
 from zmqbus.errors import SubscriptionTaken, WaitTimeout
 from zmqbus.forwarder import Forwarder
 from zmqbus.journal import Journal
+from zmqbus.net.adapter import run_main
 from zmqbus.protocol.topics import Matcher
 
 PUBLISHING, CONSUMING, STORING, OVER = range(4)  # who still works: each stage ends the role that gave it its name
@@ -92,7 +93,7 @@ def store(life: ForwarderLife) -> None:
             failed.cancel()
 
     Journal.open = partial(Journal.open, segment_bytes=SEGMENT_BYTES)  # type: ignore[method-assign]
-    asyncio.run(main())
+    run_main(main())
 
 
 # --- publishers ------------------------------------------------------------------------------------
@@ -417,4 +418,4 @@ def _consume_async(life: ForwarderLife, open_diary: Callable[[], Diary], cursor:
                                 await subscription.commit(rng.choice((0.01, 1.0, 5.0)))
                                 diary.committed(diary.reached())
 
-    asyncio.run(main())
+    run_main(main())

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 from zmqbus.forwarder import Forwarder
 from zmqbus.journal import Reader
 from zmqbus.journal.inspect import View
+from zmqbus.net.adapter import run_main
 from zmqbus.protocol.frames import ValueDecoder, decode_batches
 
 T = TypeVar("T")
@@ -199,4 +200,4 @@ async def _main(path: str, options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(sys.argv[1], json.loads(sys.argv[2])))
+    run_main(_main(sys.argv[1], json.loads(sys.argv[2])))

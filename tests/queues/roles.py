@@ -44,6 +44,7 @@ from zmqbus import AsyncNode, BufferFull, Node, NotDurable, PeerJoined, PeerLeft
 from zmqbus.errors import NotSettled
 from zmqbus.forwarder import Forwarder
 from zmqbus.journal import Journal
+from zmqbus.net.adapter import run_main
 from zmqbus.node.engine import Engine
 from zmqbus.node.work.queues.job import Job as Task
 
@@ -152,7 +153,7 @@ def forward(life: QueueLife) -> None:
                 life.stage.left = unsettled(forwarder)
 
     Journal.open = partial(Journal.open, segment_bytes=SEGMENT_BYTES)  # type: ignore[method-assign]
-    asyncio.run(main())
+    run_main(main())
 
 
 def unsettled(forwarder: Forwarder) -> int:
@@ -576,4 +577,4 @@ def _work_async(life: QueueLife, pattern: str | None) -> None:
                 diary.leaving()
                 await worker.close(rng.choice((0.0, 2.0)))
 
-    asyncio.run(main())
+    run_main(main())

@@ -166,6 +166,7 @@ def _live_round_trip(rounds: int, bus: str | None = None, endpoint: str | None =
 def forwarder(parent: Parent, path: str, bus: str) -> None:
     """A forwarder, until its parent is gone. Reports on request."""
     from zmqbus.forwarder import Forwarder
+    from zmqbus.net.adapter import run_main
 
     async def run() -> None:
         async with Forwarder(path, bus=bus, interface="127.0.0.1", discovery="static") as forwarder:
@@ -174,7 +175,7 @@ def forwarder(parent: Parent, path: str, bus: str) -> None:
                 figures = forwarder.statistics()
                 parent.tell(rss=rss_bytes(), offset=figures["journal_next_offset"], used=figures["journal_bytes"])
 
-    asyncio.run(run())
+    run_main(run())
 
 
 def publisher(parent: Parent, bus: str, endpoint: str, topic: str, count: int) -> None:

@@ -23,30 +23,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from threading import Lock
+from typing import Any, TypeVar
 
 import zmq
 
-__all__ = ["FdWatch", "new_loop"]
+__all__ = ["FdWatch", "new_loop", "run_main"]
 
 # getsockopt with plain ints: `socket.EVENTS` is twice as slow (7 µs against 3 µs).
 _EVENTS = int(zmq.EVENTS)
 _POLLIN = int(zmq.POLLIN)
 _POLLOUT = int(zmq.POLLOUT)
 
+T = TypeVar("T")
+
 RETRY_S = 0.01  # pause after a drain that raised: a drain that always raises costs 100 reports a second, not a core
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """For a node's own thread, not running yet: uvloop's where there is one, which takes an eighth off a job's way to
-    a worker and back. (An `AsyncNode` lives on its user's loop, whichever that is.)
+    """For a node's own thread, or process, not running yet: uvloop's where there is one, which takes an eighth off a
+    job's way to a worker and back. (An `AsyncNode` lives on its user's loop, whichever that is.)
     """
     try:
         import uvloop
     except ImportError:  # it is not made for Windows, nor for every interpreter
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
+
+
+def run_main(main: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run` on such a loop."""
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(main)
 
 
 class FdWatch:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zmqbus.cli.demo.members import IDLE, REPORT, member
+from zmqbus.net.adapter import run_main
 from zmqbus.net.clock import now
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ NAME = "indexer"  # the durable one
 def keep(pipe: Connection, bus: str, name: str, journal: str) -> None:
     """Run a forwarder until told to stop."""
     try:
-        asyncio.run(_keep(pipe, bus, name, journal))
+        run_main(_keep(pipe, bus, name, journal))
     except (EOFError, ConnectionError):
         pass
     except Exception as error:

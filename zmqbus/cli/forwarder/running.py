@@ -18,6 +18,7 @@ from zmqbus.cli.messages.render import escape
 from zmqbus.cli.shell.output import plural
 from zmqbus.cli.shell.stopping import handed_to
 from zmqbus.forwarder import Forwarder
+from zmqbus.net.adapter import run_main
 from zmqbus.node.events import AsyncEventStream, Warned
 from zmqbus.protocol.members.peers import DuplicateName, PeerJoined
 from zmqbus.protocol.streams.stream import Gap
@@ -75,7 +76,7 @@ def run(forwarder: Forwarder, bus: str) -> None:
     """Run it until it is asked to stop. Raises what opening it, or its journal, raises."""
     log, notifier = Log(), Notifier()
     try:
-        asyncio.run(_run(forwarder, bus, log, notifier))
+        run_main(_run(forwarder, bus, log, notifier))
     finally:
         notifier.close()
         log.close()
