@@ -38,6 +38,7 @@ def files_in(folder: Path) -> list[str]:
 # --- the whole of it -----------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(300)
 def test_demo_accounts_for_every_line(tmp_path: Path, start: Start) -> None:
     """And keeps the journal, if asked to: what it says of that is held against the files themselves."""
     kept = tmp_path / "journal"
@@ -91,6 +92,7 @@ def test_demo_accounts_for_every_line(tmp_path: Path, start: Start) -> None:
     }
 
 
+@pytest.mark.timeout(300)
 def test_demo_ships_counters_where_no_log_can_be_read(start: Callable[..., subprocess.Popen[str]]) -> None:
     """With an empty /var/log, in a mount namespace of its own."""
     alone = ["unshare", *(["--mount"] if os.geteuid() == 0 else ["--map-root-user", "--mount"])]
@@ -145,6 +147,7 @@ Worker.get = careless
 }
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("where", SABOTAGE)
 def test_demo_finds_out_a_loss_without_a_word(tmp_path: Path, start: Start, where: str) -> None:
     """In its processes messages vanish as if by a mistake of ours."""
