@@ -32,9 +32,9 @@ SETTLING = (
 )  # those that look for nodes for so long
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], patience: float = PATIENCE) -> tuple[int, str, str]:
     """Exit code, output and remarks of a process that ends by itself."""
-    out, err = process.communicate(timeout=PATIENCE)
+    out, err = process.communicate(timeout=patience)
     assert "Traceback" not in err
     return process.returncode, out, err
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.commands import Terminal, finish
+from tests.cli.commands import PATIENCE, Terminal, finish
 from zmqbus.cli.demo.account import Account, Seqs, by_stream, consumed, count, done, settle, settle_stored
 from zmqbus.cli.demo.members import SPIKE_LINES, Seen, lines_of, spike
 from zmqbus.cli.demo.sources import Source, find_counters, find_logs, is_text, sources
@@ -24,6 +24,7 @@ from zmqbus.errors import SetupError
 from zmqbus.journal.inspect import View
 
 Start = Callable[..., subprocess.Popen[str]]
+WHOLE = 3 * PATIENCE  # for the whole of a demo
 
 
 def files_in(folder: Path) -> list[str]:
@@ -37,12 +38,13 @@ def files_in(folder: Path) -> list[str]:
 # --- the whole of it -----------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(300)
 def test_demo_accounts_for_every_line(tmp_path: Path, start: Start) -> None:
     """And keeps the journal, if asked to: what it says of that is held against the files themselves."""
     kept = tmp_path / "journal"
     args = ["--json", "--seconds", "1", "--rate", "4000", "--history", "50", "--journal", str(kept)]
     with tempfile.TemporaryDirectory() as scratch:  # not too deep down for the name of a socket
-        code, out, err = finish(start("demo", *args, *files_in(tmp_path), env=os.environ | {"TMPDIR": scratch}))
+        code, out, err = finish(start("demo", *args, *files_in(tmp_path), env=os.environ | {"TMPDIR": scratch}), WHOLE)
         assert code == 0, err
         assert os.listdir(scratch) == []
     account = json.loads(out)
@@ -90,6 +92,7 @@ def test_demo_accounts_for_every_line(tmp_path: Path, start: Start) -> None:
     }
 
 
+@pytest.mark.timeout(300)
 def test_demo_ships_counters_where_no_log_can_be_read(start: Callable[..., subprocess.Popen[str]]) -> None:
     """With an empty /var/log, in a mount namespace of its own."""
     alone = ["unshare", *(["--mount"] if os.geteuid() == 0 else ["--map-root-user", "--mount"])]
@@ -99,7 +102,7 @@ def test_demo_ships_counters_where_no_log_can_be_read(start: Callable[..., subpr
         pytest.skip("needs permission to mount something over /var/log")
     script = 'mount -t tmpfs none /var/log && exec "$@"'
     demo = [sys.executable, "-m", "zmqbus", "demo", "--seconds", "1s", "--rate", "2000"]
-    code, out, err = finish(start(command=[*alone, "sh", "-c", script, "sh", *demo]))
+    code, out, err = finish(start(command=[*alone, "sh", "-c", script, "sh", *demo]), WHOLE)
     assert code == 0, err
     assert "/proc/stat" in out
     assert "/var/log" not in out
@@ -144,13 +147,14 @@ Worker.get = careless
 }
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("where", SABOTAGE)
 def test_demo_finds_out_a_loss_without_a_word(tmp_path: Path, start: Start, where: str) -> None:
     """In its processes messages vanish as if by a mistake of ours."""
     (tmp_path / "sitecustomize.py").write_text(SABOTAGE[where])
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     args = ["--json", "--seconds", "1", "--rate", "4000"]
-    code, out, err = finish(start("demo", *args, *files_in(tmp_path), env=environment))
+    code, out, err = finish(start("demo", *args, *files_in(tmp_path), env=environment), WHOLE)
     assert code == 4, err
     account = json.loads(out)
     assert account["exit"] == 4

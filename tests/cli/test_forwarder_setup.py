@@ -278,7 +278,7 @@ def test_systemd_is_told(start: Start, bus: str, tmp_path: Path, kind: str) -> N
             while sum(word in text.split("\n") for text in told) < times:
                 told.append(manager.recv(65536).decode())
 
-        environment = os.environ | {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "300000"}
+        environment = os.environ | {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "900000"}
         one, _ = begin(start, "--journal", str(tmp_path / "j"), env=environment)
         until("READY=1")
         assert told[0] == "STATUS=recovering the journal"
@@ -286,7 +286,7 @@ def test_systemd_is_told(start: Start, bus: str, tmp_path: Path, kind: str) -> N
         assert ready[1].startswith("STATUS=0/s, 0 B/s in; next offset 0, 64 MiB in 1 segment; ")
         begun = time.monotonic()
         until("WATCHDOG=1", 5)
-        assert time.monotonic() - begun < 5 * 0.3
+        assert time.monotonic() - begun < 5 * 0.9
         one.terminate()
         until("STOPPING=1")
         assert finish(one)[0] == 0

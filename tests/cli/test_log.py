@@ -74,9 +74,11 @@ def lines(process: subprocess.Popen[str], count: int) -> list[str]:
 
 def narrow(start: Start, *args: str) -> subprocess.Popen[str]:
     """A command whose output is a pipe that holds little."""
-    process = start(*args)
-    assert process.stdout is not None
-    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    ours, theirs = os.pipe()
+    fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # before there is anything in it
+    process = start(*args, stdout=theirs)
+    os.close(theirs)
+    process.stdout = os.fdopen(ours)
     return process
 
 

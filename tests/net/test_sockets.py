@@ -447,9 +447,10 @@ def test_oversized_frames_cut_the_connection():
     writable(dealer)
     dealer.send(bytes(100_000))
     assert len(receive(router)[1]) == 100_000
+    factory.kept.append(monitor := dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED))
     dealer.send(bytes(100_001))
-    while dealer.poll(0, zmq.POLLOUT):  # until the connection breaks
-        pass
+    assert [parse_monitor(receive(monitor))[0] for _ in range(2)] == ["DISCONNECTED", "HANDSHAKE_SUCCEEDED"]
+    dealer.disable_monitor()
     writable(dealer)  # dialled anew
     dealer.send(b"small")
     assert receive(router)[1] == b"small"

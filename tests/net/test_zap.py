@@ -114,7 +114,7 @@ def test_nothing_raises_and_nothing_but_a_member_is_admitted(request_):
 class House:
     """A node's lower half: factory, handler, and one bound socket."""
 
-    def __init__(self, role, handler, key=KEY):
+    def __init__(self, role, handler, key=KEY, handshake_ms=SHORT_HANDSHAKE_MS):
         loop = asyncio.get_running_loop()
         self.reports = []
         loop.set_exception_handler(lambda _, context: self.reports.append(str(context["exception"])))
@@ -126,7 +126,7 @@ class House:
             self.handler._watch.close()  # bound, but nobody reads: a loop that hangs
         self.socket = self.factory.router() if role == "inbox" else self.factory.pub(1000)
         if handler in ("stopped", "stalled", "crashed"):  # just stopped, too, may leave one newcomer hanging
-            self.socket.setsockopt(zmq.HANDSHAKE_IVL, SHORT_HANDSHAKE_MS)
+            self.socket.setsockopt(zmq.HANDSHAKE_IVL, handshake_ms)
         self.endpoint = self.factory.bind(self.socket, "127.0.0.1")
 
     def close(self):
@@ -194,8 +194,8 @@ HANDLERS = ["running", "stopped", "never made", "stalled", "crashed"]
 
 
 @contextlib.asynccontextmanager
-async def house_and_caller(role, handler, credentials):
-    house = House(role, handler)
+async def house_and_caller(role, handler, credentials, **options):
+    house = House(role, handler, **options)
     caller = Caller(role, house.endpoint, **credentials)
     try:
         yield house, caller
@@ -305,7 +305,7 @@ async def test_one_failure_does_not_shut_the_door(monkeypatch):
         raise RuntimeError("once")
 
     monkeypatch.setattr(zap, "answer", fail_once)
-    async with house_and_caller("inbox", "crashed", member()) as (house, caller):
+    async with house_and_caller("inbox", "crashed", member(), handshake_ms=1000) as (house, caller):
         assert await caller.verdict() == "HANDSHAKE_SUCCEEDED"
         assert house.reports == ["once"]
         assert house.handler.statistics() == {"admitted": 1, "refused": 0, "failed": 1}

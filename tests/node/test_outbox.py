@@ -118,9 +118,10 @@ def test_a_later_run_hands_over_what_earlier_ones_left(tmp_path: Path, bus: str)
 def test_what_is_delivered_is_not_offered_again(tmp_path: Path, bus: str) -> None:
     lives_and_dies(tmp_path, bus, 20)
     with running(tmp_path / "journal", bus=bus):
-        with node(bus, tmp_path):
+        with node(bus, tmp_path) as publisher:
             wait_for(lambda: len(stored(tmp_path / "journal")) == 23)
-        wait_for(lambda: is_empty(tmp_path))
+            wait_for(lambda: publisher.statistics()["outbox_undelivered"] == 0)
+        assert is_empty(tmp_path)
     with running(tmp_path / "other", bus=bus) as other, node(bus, tmp_path) as publisher:
         publisher.publish("orders.new", "next", durable=True)
         publisher.wait_for_peers(1, PATIENCE)
@@ -134,7 +135,8 @@ def test_a_forwarder_killed_in_mid_delivery_gets_the_rest_once(tmp_path: Path, b
         for _ in range(3):
             forwarder.kill()
             forwarder.start()
-        wait_for(lambda: len(seqs(tmp_path / "journal", "orders.new", origin)) >= 200)
+        for topic, count in (("orders.new", 200), ("orders.large", 29)):
+            wait_for(lambda topic=topic, count=count: len(seqs(tmp_path / "journal", topic, origin)) >= count)
         assert seqs(tmp_path / "journal", "orders.new", origin) == list(range(1, 201))
         assert seqs(tmp_path / "journal", "orders.large", origin) == list(range(1, 30))
 

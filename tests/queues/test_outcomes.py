@@ -85,13 +85,13 @@ def labour(worker: zmqbus.Worker, over: Callable[[], bool], done: Counter[int], 
 
 
 def test_a_slow_worker_holds_up_nobody(place: Place) -> None:
-    """One takes 20 ms for a job, two hardly any time: it has few of them, and each is done once."""
+    """One takes 100 ms for a job, two hardly any time: it has few of them, and each is done once."""
     done: Counter[int] = Counter()
     workers = [place.node(f"worker-{n}").pull("jobs") for n in range(3)]
     with ThreadPoolExecutor(3) as threads:
         futures = [
             threads.submit(labour, worker, lambda: done.total() >= 1000, done, pause)
-            for worker, pause in zip(workers, (0.02, 0.0005, 0.0005), strict=True)
+            for worker, pause in zip(workers, (0.1, 0.0005, 0.0005), strict=True)
         ]
         place.push(place.first, range(1000))
         slow, *fast = [future.result(60) for future in futures]

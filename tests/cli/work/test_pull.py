@@ -181,7 +181,7 @@ def test_a_command_that_cannot_be_run_costs_no_attempt(owner: zmqbus.Node, start
 
 def test_the_lease_is_renewed_while_the_process_runs(owner: zmqbus.Node, start: Start) -> None:
     owner.push("q", "x")
-    pull = start("pull", "q", "--exec", "sleep 3", "--lease", "1s", "-n", "1")
+    pull = start("pull", "q", "--exec", "sleep 5", "--lease", "3s", "-n", "1")
     until(lambda: (found := figures(owner, "q")) is not None and found.in_flight == 1)
     with owner.pull("q") as other:
         assert finish(pull) == (0, "", "zmqbus: 1 job: 1 done\n")

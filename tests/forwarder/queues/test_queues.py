@@ -367,8 +367,9 @@ def test_more_jobs_wait_for_their_time_than_may_be_loaded(
     monkeypatch.setattr(loading, "PIECE_BYTES", 1)
     events = forwarder.forwarder.events()
     first(node, "jobs.a")
+    due = time.monotonic() + 6
     for _ in range(100):
-        node.push("jobs.a", "later", delay=4, durable=True, timeout=SOON)
+        node.push("jobs.a", "later", delay=due - time.monotonic(), durable=True, timeout=SOON)
     push(node, "jobs.a", "behind")
     with worker_of(forwarder) as worker:
         worker.join("jobs.a", credit=1000)
