@@ -106,7 +106,7 @@ def test_a_group_shares_what_is_published(owner: zmqbus.Node, start: Start) -> N
             assert job is not None
             seen.append(job.value)
             job.ack()
-        assert seen == list(range(10))
+        assert sorted(seen) == list(range(10))  # what waits for long on a busy machine goes back, and comes later
 
 
 # --- a process for each --------------------------------------------------------------------------
