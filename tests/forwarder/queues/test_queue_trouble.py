@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
 from tests.forwarder.conftest import SOON, meet
+from tests.forwarder.forwarder_checks import ask
 from tests.forwarder.forwarders import Running, running, stored
 from tests.forwarder.queues.conftest import begin, committed, figures, worker_of
 from tests.node.conftest import eventually
@@ -70,6 +73,131 @@ def test_without_room_for_a_cursor_who_is_done_waits_and_is_told_then(
         assert time.monotonic() >= start + 1.5
     assert sum("cannot be confirmed" in str(event) for event in events._events) == 1
     assert committed(forwarder)["$queue jobs.a"] == 1
+
+
+class NoRoom:
+    """A disk that once has no room for a cursor to be "set", or "forgotten". It says so when it may."""
+
+    def __init__(self, refusal: str) -> None:
+        self._refusal = refusal
+        self.asked = Event()
+        self.may_say = Event()
+        self._real = Journal.commit_cursors
+
+    def commit(self, journal: Journal, cursors: Any) -> None:
+        kind = "forgotten" if None in cursors.values() else "set"
+        if self._refusal == kind:
+            self._refusal = ""
+            self.asked.set()
+            assert self.may_say.wait(SOON)
+            raise NoSpace("journal", "for a test")
+        self._real(journal, cursors)
+
+    def of(self, monkeypatch: pytest.MonkeyPatch) -> NoRoom:
+        """From now on."""
+        monkeypatch.setattr(Journal, "commit_cursors", lambda journal, cursors: self.commit(journal, cursors))
+        return self
+
+
+FORGET = commands.Commit("$queue jobs.a", 0, forget=True)
+
+
+def test_what_cannot_be_forgotten_for_want_of_room_stays_as_it_was(
+    forwarder: Running, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first(node, "jobs.a")
+    for number in range(2, 6):
+        node.push("jobs.a", number)
+    node.flush(SOON)
+    with worker_of(forwarder) as worker:
+        worker.join("jobs.a", credit=2)
+        one, other = worker.take(2)
+        worker.fail(one, delay_ms=0)
+        worker.done(other)
+        worker.say(commands.Leave(1))
+    eventually(lambda: figures(forwarder, "jobs.a").workers == 0)
+    disk = NoRoom("forgotten").of(monkeypatch)
+    disk.may_say.set()
+    refusal = ask(node, forwarder, FORGET)
+    assert isinstance(refusal, commands.Error)
+    assert (refusal.code, "for a test" in refusal.reason) == ("journal", True)
+    assert "$queue jobs.a" in committed(forwarder)
+    eventually(lambda: figures(forwarder, "jobs.a").waiting == 4)
+    node.push("jobs.a", 6)
+    with worker_of(forwarder) as worker:
+        worker.join("jobs.a", credit=10)
+        jobs = sorted(worker.take(5), key=lambda job: job.seq)
+        assert [(job.value, job.attempt) for job in jobs] == [("first", 2), (3, 1), (4, 1), (5, 1), (6, 1)]
+        assert worker.gets_nothing()
+        worker.done(*jobs)
+        worker.say(commands.Leave(1))
+    eventually(lambda: figures(forwarder, "jobs.a").workers == 0)
+    assert ask(node, forwarder, FORGET) == FORGET
+    assert "$queue jobs.a" not in committed(forwarder)
+
+
+def test_who_comes_while_a_queue_is_forgotten_in_vain_finds_it_there(
+    forwarder: Running, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first(node, "jobs.a")
+    disk = NoRoom("forgotten").of(monkeypatch)
+    with ThreadPoolExecutor(1) as threads, worker_of(forwarder) as worker:
+        asked = threads.submit(ask, node, forwarder, FORGET)
+        assert disk.asked.wait(SOON)
+        node.push("jobs.a", "second")  # nobody knows yet whether that is another queue
+        inflow = forwarder.forwarder._inflow
+        eventually(lambda: inflow._founding is not None)
+        worker.join("jobs.a", credit=10)
+        disk.may_say.set()
+        assert isinstance(asked.result(SOON), commands.Error)
+        assert [job.value for job in worker.take(2)] == ["first", "second"]
+        assert worker.gets_nothing()
+
+
+def test_a_group_that_is_forgotten_in_vain_is_joined_as_it_was(
+    forwarder: Running, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meet(node, "logs.a")
+    forget = commands.Commit("$group workers logs.>", 0, forget=True)
+    with worker_of(forwarder) as worker:
+        worker.join("logs.>", credit=1)
+        eventually(lambda: forget.cursor in committed(forwarder))
+        node.publish("logs.a", 1, durable=True, timeout=SOON)
+        worker.take(1)
+        worker.say(commands.Leave(1))
+    eventually(lambda: figures(forwarder, "logs.>", "workers").workers == 0)
+    disk = NoRoom("forgotten").of(monkeypatch)
+    with ThreadPoolExecutor(1) as threads, worker_of(forwarder) as worker:
+        asked = threads.submit(ask, node, forwarder, forget)
+        assert disk.asked.wait(SOON)
+        worker.join("logs.>", credit=10)
+        queues = forwarder.forwarder._queues
+        eventually(lambda: bool(queues._founding))
+        disk.may_say.set()
+        assert isinstance(asked.result(SOON), commands.Error)
+        assert [job.value for job in worker.take(1)] == [1]
+        node.publish("logs.a", 2, durable=True, timeout=SOON)
+        assert [job.value for job in worker.take(1)] == [2]
+
+
+def test_what_is_forgotten_while_there_is_no_room_stays_so(
+    forwarder: Running, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first(node, "jobs.a")
+    with ThreadPoolExecutor(1) as threads, worker_of(forwarder) as worker:
+        worker.join("jobs.a", credit=1)
+        (job,) = worker.take(1)
+        disk = NoRoom("set").of(monkeypatch)
+        worker.say(commands.Done(1, [(job.delivery, job.seq, job.seq)]))
+        worker.say(commands.Leave(1))
+        assert disk.asked.wait(SOON)
+        eventually(lambda: figures(forwarder, "jobs.a").workers == 0)
+        asked = threads.submit(ask, node, forwarder, FORGET)
+        eventually(lambda: FORGET.cursor not in forwarder.forwarder._queues._stock.backlogs)
+        disk.may_say.set()
+        assert asked.result(SOON) == FORGET
+        forwarder.call(forwarder.forwarder._queues._scribe.settle())  # it has tried again
+        assert FORGET.cursor not in committed(forwarder)
 
 
 def test_a_full_journal_has_room_again_when_jobs_are_done(journal: Path, bus: str, node: Node) -> None:

@@ -58,6 +58,7 @@ class Runner:
         self._command = command
         self._processes = processes
         self._lease = lease
+        self._peek = min(stopping.PEEK, lease / RENEW / 2)  # so that it is renewed before half of it is over
         self._running: set[Running] = set()
         self._ended: SimpleQueue[Running] = SimpleQueue()
         self._stop = self._hurry = self._said = False
@@ -80,7 +81,7 @@ class Runner:
                     self._take(max(0.0, min(LOOK if self._running else stopping.PEEK, until - now())))
                     self._settle(0.0)
                 else:
-                    self._settle(stopping.PEEK)
+                    self._settle(self._peek)
                 self._renew()
                 self._watch.poll()
                 self._look_for_signals()

@@ -20,7 +20,7 @@ from zmqbus.forwarder.queues.kept import GROUP_PREFIX, QUEUE_PREFIX, Kept, curso
 from zmqbus.forwarder.queues.rivals import Rivals
 from zmqbus.forwarder.queues.scribe import Scribe
 from zmqbus.forwarder.queues.stock import Stock
-from zmqbus.journal import Journal, find_time
+from zmqbus.journal import Cursor, Journal, find_time
 from zmqbus.net.clock import now, time_ns
 from zmqbus.node.engine import Engine
 from zmqbus.node.events import Event
@@ -64,6 +64,7 @@ class Queues:
         self._funeral: Funeral | None = None  # of those that died by what a worker is saying
         self._tasks: set[asyncio.Task[None]] = set()
         self._founding: dict[str, asyncio.Task[None]] = {}
+        self._erasing: dict[str, asyncio.Task[None]] = {}
         self._joining: dict[tuple[int, int], tuple[str, bytes, Command]] = {}  # who waits for that
         self._timer: asyncio.TimerHandle | None = None
         self._segment = 0  # the last, when cursors were moved on
@@ -107,8 +108,10 @@ class Queues:
     async def found(self, topic: bytes) -> None:
         """A message was pushed on this topic, and is not appended yet: there is to be a queue, on disk. Raises
         NoSpace, JournalFailed, and ValueError if no queue can have that name."""
+        kept = Kept(topic.decode())
+        await self._erased(cursor_name(kept))
         if topic not in self.tail.queues:
-            backlog = Backlog(Kept(topic.decode()), self._journal.durable_offset)
+            backlog = Backlog(kept, self._journal.durable_offset)
             await self._committer.commit_cursors({backlog.name: backlog.cursor(backlog.next)})
             self._judge(backlog)
             self._stock.begin(backlog)
@@ -215,6 +218,10 @@ class Queues:
 
     async def _found_group(self, body: commands.Join) -> None:
         journal = self._journal
+        name = cursor_name(Kept("", body.group, body.patterns))
+        await self._erased(name)
+        if name in self._stock.backlogs:
+            return
         start, since_ns = journal.durable_offset, 0
         if body.time_ns:
             start = await self._reading.do(find_time, journal, body.time_ns)
@@ -245,19 +252,38 @@ class Queues:
         elif backlog.wanted:
             self._answer(identity, command, Error("taken", f"there are workers for {body.cursor!r}"))
         else:
-            self._spawn(self._forget(identity, command, backlog))
+            self._forget(identity, command, backlog)
 
-    async def _forget(self, identity: bytes, command: Command, backlog: Backlog) -> None:
+    def _forget(self, identity: bytes, command: Command, backlog: Backlog) -> None:
         """A queue or group is to be no more. What comes after that is of another one of that name."""
+        state = backlog.cursor(self._journal.durable_offset)
         self._stock.forget(backlog)
         self._scribe.forget(backlog)
         self.on_forgotten()
+        self._erasing[backlog.name] = self._spawn(self._erase(identity, command, backlog, state))
+
+    async def _erase(self, identity: bytes, command: Command, backlog: Backlog, state: Cursor) -> None:
+        """The same on disk. If that cannot be, it is there again as it was."""
         try:
             await self._committer.commit_cursors({backlog.name: None})
         except JournalError as error:
+            again = Backlog(decode(state.data), state.offset)
+            again.committed = backlog.committed
+            self._judge(again)
+            self._stock.open(again)
+            self._stock.survey([again])
+            self._stock.feed()
+            self._scribe.note(again)
             self._answer(identity, command, Error("journal", str(error)[:1000]))
         else:
             self._answer(identity, command, command.body)
+        finally:
+            del self._erasing[backlog.name]
+
+    async def _erased(self, name: str) -> None:
+        """Whoever founds one of this name waits until it is known whether there is one."""
+        if (erasing := self._erasing.get(name)) is not None:
+            await asyncio.wait([erasing])
 
     def _answer(self, identity: bytes, command: Command, body: commands.Body) -> None:
         self._engine.answer(identity, body, command.request, ())
@@ -376,10 +402,11 @@ class Queues:
 
     # --- the rest ----------------------------------------------------------------------------------
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def take_up(journal: Journal) -> list[Backlog]:

@@ -32,6 +32,7 @@ class Scribe:
         self._warn = warn
         self._on_failure = on_failure
         self._changed: dict[Backlog, None] = {}
+        self._writing: dict[Backlog, None] = {}  # those of the commit that is under way
         self._then: list[Callable[[], None]] = []
         self._task: asyncio.Task[None] | None = None
         self._has_warned = False
@@ -47,8 +48,9 @@ class Scribe:
         self._stir()
 
     def forget(self, backlog: Backlog) -> None:
-        """It is no more."""
+        """It is no more. A commit that has no room is tried again without it."""
         self._changed.pop(backlog, None)
+        self._writing.pop(backlog, None)
 
     async def settle(self) -> None:
         """Wait until all is written that was noted."""
@@ -68,6 +70,7 @@ class Scribe:
         try:
             while self._changed or self._then:
                 changed, self._changed = self._changed, {}
+                self._writing = changed
                 then, self._then = self._then, []
                 end = self._journal.durable_offset
                 cursors = {backlog.name: backlog.cursor(end) for backlog in changed}

@@ -64,12 +64,12 @@ class Stock:
         self.tail.open(backlog)
         if backlog.team is not None:
             self._groups[backlog.team.group] = backlog
+        self._want(backlog)
 
     def begin(self, backlog: Backlog) -> None:
         """As `open`, of one that nothing was ever appended of."""
         backlog.live, backlog.counted_to = True, EVERYWHERE
         self.open(backlog)
-        self._want(backlog)
 
     def forget(self, backlog: Backlog) -> None:
         """It is no more."""
