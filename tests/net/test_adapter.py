@@ -3,6 +3,8 @@
 import asyncio
 import functools
 import itertools
+import sys
+import threading
 
 import pytest
 import zmq
@@ -299,3 +301,46 @@ async def test_a_socket_closed_under_its_watch_is_reported_once(pair):
     watch.check()
     assert ["closed before its watch" in context["message"] for context in reports.contexts] == [True]
     assert "closed" in repr(watch)
+
+
+@on_loop
+async def test_what_another_thread_takes_the_signal_of_is_received(pair):
+    """It uses the socket for something else just when a message has come."""
+    left, right = pair
+    lock = threading.Lock()
+    sink = Sink(right)
+
+    def drain():
+        with lock:
+            return Sink.drain(sink)
+
+    watch = FdWatch(asyncio.get_running_loop(), right, drain, lock)
+    for turn in range(200):
+        left.send(b"%d" % turn)
+
+        def use():
+            with lock:
+                right.getsockopt(zmq.EVENTS)
+            watch.check_from_afar()
+
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()  # the loop has had no turn
+        await sink.holds(turn + 1)
+    watch.close()
+
+
+def test_a_main_runs_on_the_loop_of_nodes():
+    async def main():
+        return type(asyncio.get_running_loop()).__module__
+
+    loop = adapter.new_loop()
+    assert adapter.run_main(main()) == type(loop).__module__
+    loop.close()
+
+
+def test_without_uvloop_it_is_the_loop_of_asyncio(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    loop = adapter.new_loop()
+    assert isinstance(loop, asyncio.SelectorEventLoop)
+    loop.close()
