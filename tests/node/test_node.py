@@ -557,3 +557,23 @@ def test_statistics_count(pair: tuple[zmqbus.Node, zmqbus.Node]) -> None:
     assert a.statistics()["messages_published"] == 10
     assert b.statistics()["messages_received"] == 10
     assert b.statistics()["peers"] == 1
+
+
+def test_a_type_that_no_value_can_become_is_refused_at_once(pair: tuple[zmqbus.Node, zmqbus.Node]) -> None:
+    """Also where values come out of the log, or as jobs."""
+
+    class One(msgspec.Struct):
+        n: int
+
+    class Other(msgspec.Struct):
+        n: str
+
+    a, _ = pair
+    for subscribe in (
+        lambda: a.subscribe("t", type=One | Other),
+        lambda: a.subscribe("t", type=One | Other, start="first"),
+        lambda: a.pull("t", type=One | Other),
+    ):
+        with pytest.raises(zmqbus.SetupError, match=r"One.*Struct.*use one that msgspec can decode"):
+            subscribe()
+    assert a.subscribe("t", type=One).get(0) is None

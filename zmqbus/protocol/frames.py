@@ -42,7 +42,7 @@ from typing import Any
 
 import msgspec
 
-from zmqbus.errors import RemoteProtocolError, UnsupportedValue
+from zmqbus.errors import RemoteProtocolError, SetupError, UnsupportedValue
 
 VERSION = 1
 
@@ -188,12 +188,22 @@ def cut_batch(batch: Batch, first: int, last: int) -> Batch:
     return Batch(batch.topic, batch.flags, count, batch.origin, first, batch.time_ns, (frame,))
 
 
+def decoder_of(value_type: Any) -> msgspec.msgpack.Decoder[Any]:
+    """Decodes one value into a type; None: into whatever it is. Raises SetupError for what no value can become."""
+    try:
+        return msgspec.msgpack.Decoder(Any if value_type is None else value_type)
+    except Exception as error:
+        advice = "use one that msgspec can decode, as a Struct, a dataclass or list[int]"
+        raise SetupError(f"type={value_type!r}: {error}; {advice}") from None
+
+
 class ValueDecoder:
     """Decodes the values of a batch by one C call; with a type, straight into instances of it."""
 
     def __init__(self, value_type: Any = None) -> None:
+        """Raises SetupError for what no value can become."""
         item: Any = Any if value_type is None else value_type
-        self._item = msgspec.msgpack.Decoder(item)
+        self._item = decoder_of(value_type)
         items: Any = list.__class_getitem__(item)
         pair: Any = tuple.__class_getitem__((items, list[dict[str, Any] | None]))
         self._values = msgspec.msgpack.Decoder(items)

@@ -11,7 +11,7 @@ from zmqbus.errors import MessageTooLarge, RemoteProtocolError, ReplyMismatch, S
 from zmqbus.node.work.requests.asking import Outcome
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import REQUEST_BYTES_MAX
-from zmqbus.protocol.frames import MESSAGE_BYTES_MAX, encode_value
+from zmqbus.protocol.frames import MESSAGE_BYTES_MAX, decoder_of, encode_value
 from zmqbus.protocol.members.responders import Responders
 
 TIMEOUT = 5.0  # seconds for which a request waits, unless the user says otherwise
@@ -30,11 +30,7 @@ class Reply(msgspec.Struct, frozen=True):
     """Why there is no value: RemoteError, ResponderBusy, ResponderLost, ReplyMismatch."""
 
 
-@lru_cache(maxsize=64)
-def _decoder(value_type: Any) -> msgspec.msgpack.Decoder[Any]:
-    return msgspec.msgpack.Decoder(Any if value_type is None else value_type)
-
-
+_decoder = lru_cache(maxsize=64)(decoder_of)
 _plain = _decoder(None)
 
 
@@ -123,13 +119,8 @@ def check_timeout(timeout: float | None) -> None:
 
 
 def check_type(value_type: Any) -> None:
-    """Raises SetupError for a type into which no value can be decoded. Of a good one the decoder is ready then."""
-    if value_type is not None:
-        try:
-            _decoder(value_type)
-        except Exception as error:
-            advice = "use one that msgspec can decode, as a Struct, a dataclass or list[int]"
-            raise SetupError(f"type={value_type!r}: {error}; {advice}") from None
+    """Raises SetupError for a type that no value can become. Of a good one the decoder is ready then."""
+    _decoder(value_type)
 
 
 def check_concurrency(concurrency: int) -> None:
