@@ -19,7 +19,7 @@ import msgpack
 import zmq
 
 HEADER = struct.Struct("<BBHIQQQ")
-ENVELOPE = struct.Struct("<BBQ")
+ENVELOPE = struct.Struct("<BBQII")
 DATA, HEAD = 1, 2
 HEADERS, EXTERNAL, RAW = 1, 2, 4
 HELLO, WELCOME, BYE, SUBSCRIBE, HEADS, FETCH, BATCHES, ERROR = 1, 2, 3, 4, 6, 7, 8, 255
@@ -54,7 +54,8 @@ class Guest:
 
     def ask(self, command: int, **body: object) -> None:
         self.requests += 1
-        self.dealer.send_multipart([ENVELOPE.pack(command, 1, self.requests), msgpack.packb(body)])
+        packed = msgpack.packb(body)
+        self.dealer.send(ENVELOPE.pack(command, 1, self.requests, 0, len(packed)) + packed)
 
     def hello(self) -> None:
         self.ask(
@@ -70,9 +71,11 @@ class Guest:
             release="none",
         )
 
-    def answered(self, parts: list[bytes]) -> None:
-        command, _, _ = ENVELOPE.unpack(parts[0])
-        body = msgpack.unpackb(parts[1])
+    def answered(self, answer: bytes) -> None:
+        command, _, _, number, size = ENVELOPE.unpack_from(answer)
+        at = ENVELOPE.size + 4 * number
+        sizes = struct.unpack_from(f"<{number}I", answer, ENVELOPE.size)
+        body, at = msgpack.unpackb(answer[at : at + size]), at + size
         if command == WELCOME:
             self.peer = body["origin"]
             self.sub.connect(f"{self.host}:{body['pub_port']}")
@@ -86,7 +89,11 @@ class Guest:
                 print("ready", flush=True)
         elif command == BATCHES:
             self.asked = False
-            rest = iter(parts[2:])
+            parts = []
+            for size in sizes:
+                parts.append(answer[at : at + size])
+                at += size
+            rest = iter(parts)
             for frame in rest:
                 external = next(rest) if self.flags(frame) & EXTERNAL else None
                 self.fetched += self.take(frame, external)
@@ -135,7 +142,7 @@ class Guest:
         while count:
             events = dict(self.poller.poll(IDLE_MS))
             if self.dealer in events:
-                self.answered(self.dealer.recv_multipart())
+                self.answered(self.dealer.recv())
             if self.sub in events:
                 self.received(self.sub.recv_multipart())
             while count and self.next in self.held:
@@ -151,7 +158,7 @@ class Guest:
         self.ask(BYE)
         command = 0
         while command != BYE:
-            command = ENVELOPE.unpack(self.dealer.recv_multipart()[0])[0]
+            command = ENVELOPE.unpack_from(self.dealer.recv())[0]
         print("fetched", self.fetched, flush=True)
 
 

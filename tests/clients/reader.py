@@ -21,7 +21,7 @@ import msgpack
 import zmq
 
 HEADER = struct.Struct("<BBHIQQQ")
-ENVELOPE = struct.Struct("<BBQ")
+ENVELOPE = struct.Struct("<BBQII")
 HEADERS, EXTERNAL, RAW = 1, 2, 4
 HELLO, WELCOME, READ, LOG, CREDIT, COMMIT, UNREAD, ERROR = 1, 2, 10, 11, 12, 13, 14, 255
 SILENCE_MS = 2000
@@ -42,7 +42,8 @@ class Reader:
 
     def ask(self, command: int, **body: object) -> int:
         self.requests += 1
-        self.dealer.send_multipart([ENVELOPE.pack(command, 1, self.requests), msgpack.packb(body)])
+        packed = msgpack.packb(body)
+        self.dealer.send(ENVELOPE.pack(command, 1, self.requests, 0, len(packed)) + packed)
         return self.requests
 
     def hello(self) -> None:
@@ -91,9 +92,11 @@ class Reader:
             if not self.dealer.poll(SILENCE_MS):
                 self.ask(CREDIT, id=READING, bytes=0)
                 continue
-            parts = self.dealer.recv_multipart()
-            command, _, request = ENVELOPE.unpack(parts[0])
-            yield command, request, msgpack.unpackb(parts[1]), b"".join(parts[2:])
+            answer = self.dealer.recv()
+            command, _, request, number, size = ENVELOPE.unpack_from(answer)
+            body = ENVELOPE.size + 4 * number
+            part = body + size
+            yield command, request, msgpack.unpackb(answer[body:part]), answer[part:]
 
     def run(self, count: int) -> None:
         self.hello()

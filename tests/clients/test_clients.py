@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -226,14 +227,16 @@ class Asker:
 
     def ask(self, command: int, body: Any, *, version: int = 1, request: int = 77) -> tuple[int, int, Any]:
         """(command, request, body) of the answer."""
-        envelope = bytes([command, version]) + request.to_bytes(8, "little")
-        self.socket.send_multipart([envelope, body if isinstance(body, bytes) else msgpack.packb(body)])
+        packed = body if isinstance(body, bytes) else msgpack.packb(body)
+        self.socket.send(struct.pack("<BBQII", command, version, request, 0, len(packed)) + packed)
         return self.answer()
 
     def answer(self) -> tuple[int, int, Any]:
-        envelope, body, *_ = self.socket.recv_multipart()
-        assert envelope[1] == 1
-        return envelope[0], int.from_bytes(envelope[2:], "little"), msgpack.unpackb(body)
+        answer = self.socket.recv()
+        command, version, request, number, size = struct.unpack_from("<BBQII", answer)
+        assert version == 1
+        begin = 18 + 4 * number
+        return command, request, msgpack.unpackb(answer[begin : begin + size])
 
     def __enter__(self) -> Asker:
         return self

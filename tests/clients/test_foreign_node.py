@@ -26,6 +26,12 @@ def frame(first: int, payload: bytes = b"", *, count: int = 1, flags: int = 0, k
     return topic + b"\0" + struct.pack("<BBHIQQQ", version, kind, flags, count, origin, first, 10**18) + payload
 
 
+def command(code: int, request: int, body: dict[str, Any], *parts: bytes) -> bytes:
+    packed = msgpack.packb(body)
+    sizes = b"".join(struct.pack("<I", len(part)) for part in parts)
+    return b"".join((struct.pack("<BBQII", code, 1, request, len(parts), len(packed)), sizes, packed, *parts))
+
+
 class Foreign:
     """Answers commands on a thread; its PUB belongs to the test."""
 
@@ -61,7 +67,7 @@ class Foreign:
     def join(self, inbox: str) -> None:
         """Say HELLO in turn: then both have met."""
         self.dealer.connect(inbox)
-        self.dealer.send_multipart([struct.pack("<BBQ", HELLO, 1, 1), msgpack.packb(self.introduction())])
+        self.dealer.send(command(HELLO, 1, self.introduction()))
 
     def publish(self, *parts: bytes) -> None:
         self.pub.send_multipart(parts)
@@ -72,11 +78,11 @@ class Foreign:
     def serve(self) -> None:
         while not self.ended.is_set():
             if self.router.poll(20):
-                identity, envelope, body, *_ = self.router.recv_multipart()
-                command, _, request = struct.unpack("<BBQ", envelope)
-                for code, answer, batches in self.answers(command, msgpack.unpackb(body)):
-                    parts = [identity, struct.pack("<BBQ", code, 1, request), msgpack.packb(answer), *batches]
-                    self.router.send_multipart(parts)
+                identity, asked = self.router.recv_multipart()
+                asks, _, request, number, _ = struct.unpack_from("<BBQII", asked)
+                assert not number
+                for code, answer, batches in self.answers(asks, msgpack.unpackb(asked[18:])):
+                    self.router.send_multipart([identity, command(code, request, answer, *batches)])
 
     def answers(self, command: int, body: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], list[bytes]]]:
         if command == HELLO:

@@ -43,7 +43,7 @@ class Acks:
             return  # not a ZMTP connection from its beginning: mDNS, or the system's wake-ups
         for message in self._messages(call):
             try:
-                command = decode_command(message)
+                command = decode_command(message[-1])
             except RemoteProtocolError:
                 continue  # a frame of the PUB, or a subscription
             if isinstance(command.body, Ack):

@@ -7,11 +7,12 @@ on stdin. Then prints, as JSON, for each way how many frames came and how many h
 from __future__ import annotations
 
 import json
+import struct
 import sys
 
 import zmq
 
-HELLO = [bytes([1, 1]) + (7).to_bytes(8, "little"), b"\x80"]  # readable enough to be answered by ERROR
+HELLO = struct.pack("<BBQII", 1, 1, 7, 0, 1) + b"\x80"  # readable enough to be answered by ERROR
 POLL_MS = 20
 
 
@@ -40,7 +41,7 @@ def main(pub: str, inbox: str, server_public: str, client_public: str, client_se
                 socket.subscribe(b"")
             socket.connect(endpoint)
             if kind == zmq.DEALER:
-                socket.send_multipart(HELLO)
+                socket.send(HELLO)
             sockets.append((f"{role} with {way}", socket, monitor))
     poller = zmq.Poller()
     poller.register(sys.stdin, zmq.POLLIN)

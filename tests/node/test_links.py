@@ -30,7 +30,7 @@ if peer == 0:
     os.write(theirs, b"%05d" % router.bind_to_random_port("tcp://127.0.0.1"))
     identity, *_ = router.recv_multipart()
     for _ in range(60):
-        router.send_multipart([identity, *encode_command(commands.Batches(b"a", 1, 1, 1), 0, [b"x"] * 30)])
+        router.send_multipart([identity, encode_command(commands.Batches(b"a", 1, 1, 1), 0, [b"x"] * 30)])
     time.sleep(100)
 port = int(os.read(ours, 5))
 received = 0

@@ -130,13 +130,18 @@ CODES = {body: code for code, body in BODIES.items()}
 BY_NAME = {type(body).__name__: body for body, _ in GOLDEN}
 
 
-def wire(code: int, body: Any, *, version: int = 1, request: int = 7) -> list[bytes]:
-    return [ENVELOPE.pack(code, version, request), body if isinstance(body, bytes) else msgpack.packb(body)]
+def wire(code: int, body: Any, *, version: int = 1, request: int = 7) -> bytes:
+    packed = body if isinstance(body, bytes) else msgpack.packb(body)
+    return ENVELOPE.pack(code, version, request, 0, len(packed)) + packed
 
 
-def refusal(parts: list[bytes]) -> str:
+def packed_body(body: Body) -> bytes:
+    return encode_command(body)[ENVELOPE.size :]
+
+
+def refusal(frame: bytes) -> str:
     with pytest.raises(RemoteProtocolError) as caught:
-        decode_command(parts)
+        decode_command(frame)
     assert len(str(caught.value)) <= 1000  # it goes into an ERROR
     return str(caught.value)
 
@@ -151,10 +156,11 @@ def test_every_command_has_a_vector() -> None:
 @pytest.mark.parametrize(("body", "expected"), GOLDEN, ids=BY_NAME)
 def test_golden_commands(body: Body, expected: str) -> None:
     code = CODES[type(body)]
-    envelope = bytes([code, 1]) + bytes.fromhex("0102000000000080")
-    parts = encode_command(body, 0x8000000000000201)
-    assert parts == [envelope, bytes.fromhex(expected)]
-    assert decode_command(parts) == Command(0x8000000000000201, body, [])
+    packed = bytes.fromhex(expected)
+    envelope = bytes([code, 1]) + bytes.fromhex("0102000000000080 00000000") + len(packed).to_bytes(4, "little")
+    frame = encode_command(body, 0x8000000000000201)
+    assert frame == envelope + packed
+    assert decode_command(frame) == Command(0x8000000000000201, body, [])
 
 
 def test_codes_are_for_ever() -> None:
@@ -192,18 +198,40 @@ def test_codes_are_for_ever() -> None:
 
 def test_another_library_reads_and_writes_the_same() -> None:
     for body, _ in [*GOLDEN, (FULL, "")]:
-        parts = encode_command(body)
-        understood = msgpack.unpackb(parts[1])
+        understood = msgpack.unpackb(packed_body(body))
         assert isinstance(understood, dict)
-        assert decode_command([parts[0], msgpack.packb(understood)]).body == body
+        code = CODES[type(body)]
+        assert decode_command(wire(code, understood)).body == body
         reversed_fields = dict(reversed(understood.items()))
-        assert decode_command([parts[0], msgpack.packb(reversed_fields)]).body == body
+        assert decode_command(wire(code, reversed_fields)).body == body
 
 
 def test_batches_ride_along_verbatim() -> None:
     body = commands.Batches(b"a", 1, 1, 2)
-    parts = encode_command(body, 5, [b"one", b"", b"two"])
-    assert decode_command(parts) == Command(5, body, [b"one", b"", b"two"])
+    frame = encode_command(body, 5, [b"one", b"", b"three"])
+    assert frame[10:30] == bytes.fromhex("03000000") + frame[14:18] + bytes.fromhex("03000000 00000000 05000000")
+    assert frame.endswith(b"onethree")
+    assert decode_command(frame) == Command(5, body, [b"one", b"", b"three"])
+
+
+def test_a_frame_is_as_long_as_it_says() -> None:
+    frame = encode_command(commands.Batches(b"a", 1, 1, 2), 5, [b"one", b"", b"three"])
+    for size in range(ENVELOPE.size, len(frame)):
+        assert "is not as long as it says" in refusal(frame[:size])
+    assert "is not as long as it says" in refusal(frame + b"\0")
+    for at in range(10, 30):
+        wrong = bytearray(frame)
+        wrong[at] ^= 0x40
+        assert refusal(bytes(wrong))
+
+
+def test_a_number_of_parts_that_cannot_be_allocates_nothing() -> None:
+    tracemalloc.start()
+    try:
+        assert refusal(ENVELOPE.pack(3, 1, 0, 2**32 - 1, 1) + b"\x80" * 1000)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_absent_fields_have_their_defaults() -> None:
@@ -230,7 +258,7 @@ def test_absent_fields_have_their_defaults() -> None:
 
 @pytest.mark.parametrize("code", sorted(BODIES))
 def test_unknown_fields_are_ignored(code: int) -> None:
-    body = msgpack.unpackb(encode_command(BY_NAME[BODIES[code].__name__])[1])
+    body = msgpack.unpackb(packed_body(BY_NAME[BODIES[code].__name__]))
     more = {**body, "later": {"deep": [1, [2]], "raw": b"\xff"}, "": None}
     assert decode_command(wire(code, more)) == decode_command(wire(code, body))
 
@@ -242,18 +270,14 @@ def test_unknown_commands_are_told_from_broken_ones(code: int) -> None:
     assert caught.value.request == BIG
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [[], [b""], [ENVELOPE.pack(3, 1, 0)], [b"\x03\x01", b"\x80"], [ENVELOPE.pack(3, 1, 0) + b"\0", b"\x80"]],
-    ids=range(5),
-)
-def test_envelope_of_the_wrong_shape(parts: list[bytes]) -> None:
-    assert "an envelope of" in refusal(parts)
+@pytest.mark.parametrize("size", range(ENVELOPE.size))
+def test_a_frame_that_is_too_short_for_an_envelope(size: int) -> None:
+    assert "too short for an envelope" in refusal(ENVELOPE.pack(3, 1, 0, 0, 0)[:size])
 
 
 @pytest.mark.parametrize("code", sorted(BODIES))
 def test_other_versions_are_refused_except_where_they_are_negotiated(code: int) -> None:
-    body = encode_command(BY_NAME[BODIES[code].__name__])[1]
+    body = packed_body(BY_NAME[BODIES[code].__name__])
     for version in (0, 2, 255):
         if code in (1, 2):
             assert type(decode_command(wire(code, body, version=version)).body) is BODIES[code]
@@ -275,7 +299,7 @@ def test_a_body_is_one_map_with_text_for_keys(code: int, body: bytes) -> None:
 @pytest.mark.parametrize("code", sorted(BODIES))
 def test_every_required_field_is_required_and_typed(code: int) -> None:
     cls = BODIES[code]
-    good = msgpack.unpackb(encode_command(FULL if code in (1, 2) else BY_NAME[cls.__name__])[1])
+    good = msgpack.unpackb(packed_body(FULL if code in (1, 2) else BY_NAME[cls.__name__]))
     for field in msgspec.structs.fields(cls):
         without = {name: value for name, value in good.items() if name != field.encode_name}
         if field.required:
@@ -286,7 +310,7 @@ def test_every_required_field_is_required_and_typed(code: int) -> None:
         assert refusal(wire(code, {**good, field.encode_name: -2 if field.encode_name != "counters" else [1]}))
 
 
-def hello(**fields: Any) -> list[bytes]:
+def hello(**fields: Any) -> bytes:
     return wire(1, INTRODUCTION | fields)
 
 
@@ -294,31 +318,31 @@ def heads(n: int) -> dict[str, Any]:
     return {"id": 1, "heads": [(b"x" * 255, BIG)] * n}
 
 
-def fetching(**fields: Any) -> list[bytes]:
+def fetching(**fields: Any) -> bytes:
     return wire(7, {"topic": b"a", "origin": 1, "first": 1, "last": 1} | fields)
 
 
-def statistics(n: int, cursors: int = 0) -> list[bytes]:
+def statistics(n: int, cursors: int = 0) -> bytes:
     return wire(25, {"counters": {}, "topics": [(b"a", 1, 1)] * n, "cursors": [("i", BIG, True)] * cursors})
 
 
-def acking(**fields: Any) -> list[bytes]:
+def acking(**fields: Any) -> bytes:
     return wire(9, {"journal": 1, "origin": 1} | fields)
 
 
-def reading(**fields: Any) -> list[bytes]:
+def reading(**fields: Any) -> bytes:
     return wire(10, {"id": 1, "patterns": ["a"], "credit": 0} | fields)
 
 
-def log(**fields: Any) -> list[bytes]:
+def log(**fields: Any) -> bytes:
     return wire(11, {"id": 1, "journal": 1, "next": 1, "end": 1} | fields)
 
 
-def committing(**fields: Any) -> list[bytes]:
+def committing(**fields: Any) -> bytes:
     return wire(13, {"cursor": "i", "offset": 1} | fields)
 
 
-def offering(*heads: Any) -> list[bytes]:
+def offering(*heads: Any) -> bytes:
     return wire(15, {"origin": 1, "heads": heads})
 
 
@@ -389,8 +413,8 @@ def offering(*heads: Any) -> list[bytes]:
     ],
     ids=range(55),
 )
-def test_bounds(good: list[bytes], bad: list[bytes]) -> None:
-    assert len(good[1]) <= BODY_BYTES_MAX
+def test_bounds(good: bytes, bad: bytes) -> None:
+    assert len(good) - ENVELOPE.size <= BODY_BYTES_MAX
     decode_command(good)
     assert refusal(bad)
 
@@ -435,10 +459,10 @@ def test_the_largest_body_does_not_grow_out_of_proportion() -> None:
     bodies = [b"\x81\xa5later" + many, b"\x81\xa5heads" + many, b"\x81\xa8counters" + many]
     for code in BODIES:
         for body in bodies:
-            parts = wire(code, body)
+            frame = wire(code, body)
             tracemalloc.start()
             try:
-                decode_command(parts)
+                decode_command(frame)
             except RemoteProtocolError:
                 pass
             finally:
@@ -450,20 +474,20 @@ def test_the_largest_body_does_not_grow_out_of_proportion() -> None:
 # --- fuzz --------------------------------------------------------------------------------------
 
 
-def digest(parts: list[bytes]) -> None:
+def digest(frame: bytes) -> None:
     """Refused, or a command that can be said again and then means the same."""
     try:
-        command = decode_command(parts)
+        command = decode_command(frame)
     except RemoteProtocolError:
         return
-    assert type(command.body) is BODIES[parts[0][0]]
+    assert type(command.body) is BODIES[frame[0]]
     again = encode_command(command.body, command.request, command.batches)
     assert encode_command(*decode_command(again)[1::-1], command.batches) == again  # by bytes: NaN is not NaN
 
 
-@given(st.lists(st.binary(max_size=60), max_size=4))
-def test_random_parts(parts: list[bytes]) -> None:
-    digest(parts)
+@given(st.binary(max_size=200))
+def test_random_frames(frame: bytes) -> None:
+    digest(frame)
 
 
 HINTS = [0x00, 0x80, 0x81, 0x8F, 0x90, 0x92, 0xA0, 0xA2, 0xC0, 0xC1, 0xC4, 0xC7, 0xCB, 0xCF, 0xD3, 0xD7, 0xDD, 0xDF]
@@ -473,7 +497,7 @@ BYTE = st.sampled_from(HINTS) | st.integers(0, 255)
 @given(st.sampled_from(sorted(BODIES)), st.lists(BYTE, max_size=40).map(bytes))
 @settings(max_examples=200)
 def test_random_bodies(code: int, body: bytes) -> None:
-    digest([ENVELOPE.pack(code, 1, 1), body])
+    digest(wire(code, body))
 
 
 @given(
@@ -484,19 +508,22 @@ def test_random_bodies(code: int, body: bytes) -> None:
 )
 @settings(max_examples=400)
 def test_commands_mutated_and_cut(body: Body, mutations: list[tuple[int, int]], size: int, extend: bool) -> None:
-    envelope, encoded = encode_command(body, 3)
-    mutated = bytearray(encoded)
+    code, mutated = CODES[type(body)], bytearray(packed_body(body))
     for at, byte in mutations:
         mutated[at % len(mutated)] = byte
-    digest([envelope, bytes(mutated)])
+    digest(wire(code, bytes(mutated)))
     cut = bytes(mutated[: size % len(mutated)])
-    digest([envelope, cut + bytes(mutated) if extend else cut])
+    digest(wire(code, cut + bytes(mutated) if extend else cut))
+    whole = bytearray(encode_command(body, 3, [b"a part"]))
+    for at, byte in mutations:
+        whole[at % len(whole)] = byte
+    digest(bytes(whole))
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_prefix_is_refused(name: str) -> None:
-    envelope, body = encode_command(BY_NAME[name])
+    body, frame = packed_body(BY_NAME[name]), encode_command(BY_NAME[name])
     for size in range(len(body)):
-        refusal([envelope, body[:size]])
-    for size in range(len(envelope)):
-        refusal([envelope[:size], body])
+        refusal(wire(CODES[type(BY_NAME[name])], body[:size]))
+    for size in range(len(frame)):
+        refusal(frame[:size])

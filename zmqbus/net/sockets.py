@@ -383,19 +383,19 @@ def plain_send(socket: Socket) -> Callable[[bytes, int], object]:
     return send
 
 
-def plain_recv(socket: Socket, flags: int = NOBLOCK) -> Callable[[], list[bytes]]:
-    """`socket.recv_multipart(flags)` in half the time: each part knows whether more follow, without a question."""
+def plain_recv(socket: Socket, flags: int = NOBLOCK) -> Callable[[], list[memoryview]]:
+    """`socket.recv_multipart(flags, copy=False)` in half the time, each frame as what it holds."""
     recv: Callable[[int, bool], Any] = super(zmq.Socket, socket).recv
 
-    def parts() -> list[bytes]:
-        part = recv(flags, False)
-        taken = [part.bytes]
-        while part.more:
-            part = recv(NOBLOCK, False)
-            taken.append(part.bytes)
+    def frames() -> list[memoryview]:
+        frame = recv(flags, False)
+        taken = [frame.buffer]
+        while frame.more:
+            frame = recv(NOBLOCK, False)
+            taken.append(frame.buffer)
         return taken
 
-    return parts
+    return frames
 
 
 # --- reading endpoints: they come from users and, by HELLO and mDNS, from peers ----------------

@@ -1,11 +1,15 @@
 """ROUTER commands: what nodes say to each other beside the messages. Pure functions of bytes.
 
 A node asks through the DEALER it has for each peer; the peer's ROUTER sees the asker's identity in front and
-answers to it. Without that identity, a command is
+answers to it. Without that identity, a command is one frame, however much it carries:
 
-    part 0    command u8 | version u8 | request id u64, little endian
-    part 1    body: one msgpack map, its fields below; unknown fields are ignored
-    part 2…   batches, as verbatim PUB frames (an external value is a part of its own, after its frame)
+    command u8 | version u8 | request id u64 | number of parts u32 | bytes of the body u32, little endian
+    bytes of each part u32
+    body: one msgpack map, its fields below; unknown fields are ignored
+    parts: batches, as verbatim PUB frames (an external value is a part of its own, after its frame)
+
+For a socket that learns between two frames of one message that the connection is gone aborts its process, where it then
+forgets what it was given (libzmq, `fq.cpp`, with IMMEDIATE).
 
 The answer carries the request id of what it answers. A command that is not understood gets ERROR, never silence.
 
@@ -42,7 +46,8 @@ from msgspec import Meta
 from zmqbus.errors import RemoteProtocolError
 from zmqbus.protocol.frames import VERSION
 
-ENVELOPE = Struct("<BBQ")
+ENVELOPE = Struct("<BBQII")
+SIZE = Struct("<I")
 BODY_BYTES_MAX = 1024 * 1024  # HEADS come in pieces well below this; nothing honest is larger
 HEADS_PER_COMMAND = 2000  # 2000 topics of at most 255 bytes and a u64 stay below BODY_BYTES_MAX
 PEERS_PER_HELLO = 256  # a newcomer needs a few to find the rest
@@ -52,7 +57,7 @@ LOG_BATCHES_MAX = 4096  # of one LOG
 QUEUES_PER_STATISTICS = 1000
 DELIVERIES_MAX = 4096  # of one JOB, DONE or FAIL
 SERVICES_MAX = 256  # that one node responds to
-REQUEST_BYTES_MAX = 1_000_000  # value, or headers, of one REQUEST: an inbox takes no part much larger than a body
+REQUEST_BYTES_MAX = 1_000_000  # value and headers of one REQUEST: an inbox takes nothing much larger than a body
 END = 2**64 - 1  # as an offset: where the journal ends now
 
 U64 = Annotated[int, Meta(ge=0)]  # msgpack itself ends at 2**64 - 1
@@ -64,7 +69,7 @@ Endpoint = Annotated[str, Meta(max_length=300)]
 
 
 class Body(msgspec.Struct, omit_defaults=True):
-    """What part 1 of a command holds."""
+    """What a command says."""
 
 
 class Subscribed(msgspec.Struct, omit_defaults=True):
@@ -404,30 +409,44 @@ class UnknownCommand(RemoteProtocolError):
         self.request = request
 
 
-def encode_command(body: Body, request: int = 0, batches: Sequence[bytes] = ()) -> list[bytes]:
-    """The parts to send. `request` 0 means that no answer is expected."""
-    return [ENVELOPE.pack(_CODES[type(body)], VERSION, request), _encoder.encode(body), *batches]
+def encode_command(body: Body, request: int = 0, batches: Sequence[bytes] = ()) -> bytes:
+    """The frame to send. `request` 0 means that no answer is expected."""
+    packed = _encoder.encode(body)
+    envelope = ENVELOPE.pack(_CODES[type(body)], VERSION, request, len(batches), len(packed))
+    if not batches:
+        return envelope + packed
+    return b"".join((envelope, *map(SIZE.pack, map(len, batches)), packed, *batches))
 
 
-def decode_command(parts: Sequence[bytes]) -> Command:
+def decode_command(frame: bytes | memoryview) -> Command:
     """Check and decode what came in, without the routing identity.
 
     Raises:
         UnknownCommand: a command this version does not have.
         RemoteProtocolError: anything else that breaks the rules above.
     """
-    if len(parts) < 2 or len(parts[0]) != ENVELOPE.size:
-        raise RemoteProtocolError(f"command: {len(parts)} parts, an envelope of {len(parts[0]) if parts else 0} bytes")
-    code, version, request = ENVELOPE.unpack(parts[0])
+    if len(frame) < ENVELOPE.size:
+        raise RemoteProtocolError(f"command: a frame of {len(frame)} bytes, too short for an envelope")
+    code, version, request, number, size = ENVELOPE.unpack_from(frame)
     if version != VERSION and code not in (1, 2):  # HELLO and WELCOME negotiate, so they must be readable
         raise RemoteProtocolError(f"command: version {version}, this node speaks {VERSION}")
     decoder = _DECODERS.get(code)
     if decoder is None:
         raise UnknownCommand(code, request)
-    if len(parts[1]) > BODY_BYTES_MAX:
-        raise RemoteProtocolError(f"command: a body of {len(parts[1]):,} bytes; the limit is {BODY_BYTES_MAX:,}")
+    if size > BODY_BYTES_MAX:
+        raise RemoteProtocolError(f"command: a body of {size:,} bytes; the limit is {BODY_BYTES_MAX:,}")
+    view = memoryview(frame)
+    begin = ENVELOPE.size + SIZE.size * number
+    sizes = [length for (length,) in SIZE.iter_unpack(view[ENVELOPE.size : begin])] if begin <= len(view) else []
+    if begin + size + sum(sizes) != len(view):
+        raise RemoteProtocolError(f"command: a frame of {len(view):,} bytes is not as long as it says")
+    at = begin + size
     try:
-        body: Any = decoder.decode(parts[1])
+        body: Any = decoder.decode(view[begin:at])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise RemoteProtocolError(f"{BODIES[code].__name__.upper()}: {error}") from None
-    return Command(request, body, list(parts[2:]))
+    batches = []
+    for length in sizes:
+        batches.append(bytes(view[at : at + length]))
+        at += length
+    return Command(request, body, batches)

@@ -45,7 +45,7 @@ class RawWorker:
         self.hear(commands.Welcome)
 
     def say(self, body: Body, request: int = 7) -> None:
-        self._dealer.send_multipart(encode_command(body, request))
+        self._dealer.send(encode_command(body, request))
 
     def join(
         self, *patterns: str, credit: int, group: str = "workers", lease_ms: int = 30_000, number: int = 1
@@ -84,7 +84,7 @@ class RawWorker:
     def _next(self, timeout_ms: int) -> Command | None:
         if not self._dealer.poll(timeout_ms):
             return None
-        command = decode_command(self._dealer.recv_multipart())
+        command = decode_command(self._dealer.recv())
         if isinstance(command.body, commands.Job):
             for (delivery, attempt), batch in zip(
                 command.body.deliveries, decode_batches(command.batches), strict=True

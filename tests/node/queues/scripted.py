@@ -77,7 +77,7 @@ class ScriptedOwner:
 
     def answer(self, identity: bytes, body: Body, request: int, parts: Sequence[bytes] = ()) -> None:
         with self._lock, contextlib.suppress(zmq.ZMQError):  # who asked may be gone
-            self._router.send_multipart([identity, *encode_command(body, request, parts)])
+            self._router.send_multipart([identity, encode_command(body, request, parts)])
 
     def forget(self) -> None:
         """It knows no peer any more."""
@@ -128,8 +128,8 @@ class ScriptedOwner:
                 self._pub.send(encode_frame(HEARTBEAT_PREFIX, HEARTBEAT, 0, 0, self.origin, beats, time.time_ns()))
             with self._lock:
                 while self._router.poll(0):
-                    identity, *parts = self._router.recv_multipart()
-                    self._hear(identity, decode_command(parts))
+                    identity, frame = self._router.recv_multipart()
+                    self._hear(identity, decode_command(frame))
             time.sleep(0.0005)  # an owner that others may speak for, in between
 
     def _hear(self, identity: bytes, command: Command) -> None:
@@ -162,7 +162,7 @@ class ScriptedOwner:
             dealer = self._dialled[body.origin] = self._context.socket(zmq.DEALER)
             dealer.linger = 0
             dealer.connect(body.inbox[0])
-            dealer.send_multipart(encode_command(self._introduction(commands.Hello), 1))
+            dealer.send(encode_command(self._introduction(commands.Hello), 1))
 
     def _introduction(self, kind: type[commands.Hello]) -> commands.Hello:
         return kind(

@@ -252,7 +252,7 @@ class Node(Requesting):
 
         Raises:
             TopicError: a pattern breaks the grammar.
-            SetupError: `start` or `durable` is not understood, or together with what only live messages have.
+            SetupError: `start`, `durable` or `type` is not understood, or together with what only live messages have.
             LogUnavailable: a forwarder cannot read from there.
         """
         if start is None and durable is None:

@@ -37,7 +37,7 @@ HANG_UPS_WITHIN = 2.0  # seconds between two, for a verdict: libzmq dials again 
 MECHANISM_MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: one of the two has no key
 PASS_KEY = "pass it one: key= or --key-file"
 
-ZERO_COPY_MIN = 64 * 1024  # bytes of a part from which lending it costs less than a copy
+ZERO_COPY_MIN = 64 * 1024  # bytes of a frame from which lending it costs less than a copy
 
 Answer = Callable[[Command | None], None]
 """Called once, with the answer, or with None when there is none in time. What is followed: each time, and with None
@@ -200,12 +200,12 @@ class Link:
                 self._socket.set(LINGER, linger_ms)
                 self._factory.close_monitored(self._socket, self._monitor)
 
-    def _send(self, parts: Sequence[bytes]) -> bool:
+    def _send(self, frame: bytes) -> bool:
         try:
             with self._lock:
                 if self._socket.closed:
                     return False
-                self._put(parts)
+                self._put(frame)
         except Again:
             return False
         finally:
@@ -229,17 +229,15 @@ class Link:
             if not hello(self):
                 self._hello = hello
         for _ in range(DRAIN_MAX):
-            # libzmq looks for news of the connection at every 100th part it hands out. Between two parts of a message
-            # the news that it is gone, which drops the rest (IMMEDIATE), would abort this process: have it look now.
             try:
                 with self._lock:
                     if not int(self._socket.get(EVENTS)) & POLLIN:
                         return False
-                    parts = self._take()
+                    frames = self._take()
             except Again:
                 return False
             try:
-                command = decode_command(parts)
+                command = decode_frames(frames)
             except RemoteProtocolError as error:
                 self._on_garbage(error)
                 continue
@@ -309,12 +307,12 @@ class Inbox:
     def answer(self, identity: bytes, body: Body, request: int, batches: Sequence[bytes] = ()) -> bool:
         """Send to whoever asked. Any thread. False: gone, or not reading its answers; it will ask again if it still
         wants to."""
-        parts = [identity, *encode_command(body, request, batches)]
+        frame = encode_command(body, request, batches)
         try:
             with self._lock:
                 if self._socket.closed:
                     return False  # what waited for a disk may come late
-                self._put(parts)
+                self._put(frame, identity)
         except Refused as error:
             if error.errno not in (errno.EAGAIN, errno.EHOSTUNREACH):
                 raise
@@ -343,11 +341,12 @@ class Inbox:
                 with self._lock:
                     if not int(self._socket.get(EVENTS)) & POLLIN:  # half of what it costs to have `recv` raise
                         return False
-                    identity, *parts = self._take()
+                    whose, *frames = self._take()
             except Again:
                 return False
+            identity = bytes(whose)
             try:
-                command = decode_command(parts)
+                command = decode_frames(frames)
             except UnknownCommand as error:
                 self.answer(identity, Error("unknown", str(error)), error.request)
                 continue
@@ -367,19 +366,23 @@ def _check(watch: FdWatch, home: int) -> None:
         watch.check_from_afar()
 
 
-def putter(socket: Socket) -> Callable[[Sequence[bytes]], None]:
-    """Sends the parts of a message, all or none, as `send_multipart` does, in half the time where they are small."""
+def putter(socket: Socket) -> Callable[..., None]:
+    """Sends a command's frame, behind an identity if there is one, without waiting."""
     plain = plain_send(socket)
 
-    def put(parts: Sequence[bytes]) -> None:
-        flags, left = NOBLOCK | SNDMORE, len(parts)
-        for part in parts:
-            left -= 1
-            if not left:
-                flags = NOBLOCK
-            if len(part) < ZERO_COPY_MIN:
-                plain(part, flags)
-            else:
-                socket.send(part, flags, copy=False)
+    def put(frame: bytes, identity: bytes = b"") -> None:
+        if identity:
+            plain(identity, NOBLOCK | SNDMORE)
+        if len(frame) < ZERO_COPY_MIN:
+            plain(frame, NOBLOCK)
+        else:
+            socket.send(frame, NOBLOCK, copy=False)
 
     return put
+
+
+def decode_frames(frames: Sequence[memoryview]) -> Command:
+    """See `decode_command`."""
+    if len(frames) != 1:
+        raise RemoteProtocolError(f"command: {len(frames)} frames, not one")
+    return decode_command(frames[0])

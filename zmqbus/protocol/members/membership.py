@@ -398,6 +398,8 @@ class Membership:
         if link != entry.link:
             out.append(HangUp(entry.link))
             entry.welcomed = False
+            if entry.link in self._seeds:
+                self._next = 0.0  # it is on its own again
         self._table.place(entry, peer, link)
 
     def _join_if_met(self, entry: Entry, now: float, out: list[Output]) -> None:

@@ -310,7 +310,7 @@ class Requesting:
             ResponderBusy: too many requests wait at all of them.
             ReplyMismatch: the answer does not fit `type`.
             UnsupportedValue: the value, or a header, cannot be carried by msgpack.
-            MessageTooLarge: it is larger than 1,000,000 bytes.
+            MessageTooLarge: it is, with its headers, larger than 1,000,000 bytes.
             SetupError: the timeout, or `type`, is none; nothing was sent.
             NodeClosed: the node has been closed, or was while this waited.
         """

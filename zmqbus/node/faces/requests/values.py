@@ -42,7 +42,7 @@ def pack(value: object, headers: dict[str, Any] | None) -> tuple[bytes, bytes]:
         MessageTooLarge: it does not fit an inbox.
     """
     packed = encode_value(value), encode_value(headers) if headers else b""
-    size = max(map(len, packed))
+    size = sum(map(len, packed))
     if size > REQUEST_BYTES_MAX:
         raise MessageTooLarge(size, REQUEST_BYTES_MAX)
     return packed

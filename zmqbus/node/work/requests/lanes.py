@@ -22,11 +22,11 @@ from typing import Protocol
 from zmqbus.errors import RemoteProtocolError, RequestTimeout, ResponderLost, ZmqbusError
 from zmqbus.net.clock import now
 from zmqbus.net.sockets import EVENTS, FD, POLLIN, POLLOUT, RCVTIMEO, Again, SocketFactory, plain_recv
-from zmqbus.node.peers.links import Link, putter
+from zmqbus.node.peers.links import Link, decode_frames, putter
 from zmqbus.node.work.requests.answering import Peers
 from zmqbus.node.work.requests.asking import Call, Outcome, outcome_of
 from zmqbus.protocol import commands
-from zmqbus.protocol.commands import decode_command, encode_command
+from zmqbus.protocol.commands import encode_command
 from zmqbus.protocol.members.responders import Responders
 
 POLL_MAX = 3600.0  # seconds of one poll, which counts milliseconds in an int
@@ -83,7 +83,7 @@ class Lane:
             left = expires_at - now()
             if events & POLLIN or (events & POLLOUT and take is self._await and left > BRISK_MS / 1000):
                 try:
-                    command = decode_command(take())
+                    command = decode_frames(take())
                 except Again:
                     take = self._take
                     continue
