@@ -119,10 +119,10 @@ def test_in_any_order_of_events_the_rules_hold(
 
 def test_a_seed_that_its_peer_has_left_is_dialled_again_at_once() -> None:
     """It said HELLO from elsewhere: who is at the old place now?"""
-    m = Membership(ME, name="me", seeds=["tcp://1:1"])
-    m.greeted(peer(10, "tcp://1:1"), 0.0)
+    m = Membership(ME, name="me", seeds=["tcp://1:1"], jitter=lambda: 0.0)
+    m.greeted(peer(10, "tcp://1:1", name="n", host="h", epoch=0), 0.0)
     m.tick(0.0)
-    m.greeted(peer(10, "tcp://0:1"), 0.1)
+    m.greeted(peer(10, "tcp://0:1", name="n", host="h", epoch=0), 0.1)
     due = m.next_timer()
     assert due is not None
     assert due <= 0.1
