@@ -228,10 +228,12 @@ class Link:
             hello, self._hello = self._hello, None
             if not hello(self):
                 self._hello = hello
-        for _ in range(DRAIN_MAX):
+        for turn in range(DRAIN_MAX):
             try:
                 with self._lock:
-                    if not int(self._socket.get(EVENTS)) & POLLIN:
+                    if (
+                        turn and not int(self._socket.get(EVENTS)) & POLLIN
+                    ):  # half of what it costs to have `recv` raise
                         return False
                     frames = self._take()
             except Again:
@@ -336,10 +338,10 @@ class Inbox:
             self._draining = False
 
     def _take_in(self) -> bool:
-        for _ in range(DRAIN_MAX):
+        for turn in range(DRAIN_MAX):
             try:
                 with self._lock:
-                    if not int(self._socket.get(EVENTS)) & POLLIN:  # half of what it costs to have `recv` raise
+                    if turn and not int(self._socket.get(EVENTS)) & POLLIN:
                         return False
                     whose, *frames = self._take()
             except Again:

@@ -153,6 +153,12 @@ class Hand:
         elif self._asleep:
             with self.bell:
                 self.bell.notify()
+                self._prepare()  # while that thread is on its way
+
+    def _prepare(self) -> None:
+        """Make the most of what comes next. A value of the user's own type is left to the user's own thread."""
+        if self._loaded is None and (self._batches or self._split()) and not self._decoder.is_typed:
+            self._loaded = self._load(*self._batches.popleft())
 
     def collect(self) -> set[Tie]:
         """What there is to say goes to the ties, which are returned. By who holds `saying`."""
@@ -323,6 +329,10 @@ class Hand:
         elif self._due != NOW and self.dirty and sum(len(delivery.acked) for delivery in list(self.dirty)) >= size:
             self.hasten()
         loaded = self._loaded
+        if loaded is not None and not loaded.at and loaded.delivery.deadline <= time:
+            self._give_back_slice()
+            self.hasten()
+            loaded = None
         while loaded is None or loaded.at == len(loaded.values):
             if not self._batches and not self._split():
                 self.items = self._source = iter(())  # they would keep their delivery alive
