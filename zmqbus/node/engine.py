@@ -174,6 +174,9 @@ class Engine:
             self._outbox,
         )
         self.refusal = None
+        self.peering.brief[commands.Request] = self.requests.answering.serve
+        if self._extension is None:
+            self.peering.brief[commands.Done] = self.jobs.serve
         self.peering.start(self._inbox)
         self._heartbeat()
         self._announce_idle()

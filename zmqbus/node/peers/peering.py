@@ -94,6 +94,8 @@ class Peering:
         self.origin = origin
         self.inbox: Inbox  # set when the node opens
         self.links: dict[int, Link] = {}  # by origin: peers that answered
+        self.brief: dict[type[commands.Body], Callable[[bytes, int, Command], object]] = {}
+        """Who is to answer these commands, which others wait for most, before anybody else is asked."""
         self._host = host
         self._loop = loop
         self._factory = factory
@@ -269,16 +271,8 @@ class Peering:
     def _introduction(self, kind: type[Hello], **more: Any) -> Hello:
         inbox = [f"tcp://{address}:{self._ports['inbox']}" for address in self._addresses.addresses[:64]]
         known = self._membership.known_endpoints(PEERS_PER_HELLO)
-        return kind(
-            origin=self.origin,
-            bus=self._bus,
-            inbox=inbox,
-            pub_port=self._ports["pub"],
-            tap_port=self._ports["tap"],
-            peers=known,
-            **self.who,
-            **more,
-        )
+        ports: dict[str, Any] = {"pub_port": self._ports["pub"], "tap_port": self._ports["tap"]}
+        return kind(origin=self.origin, bus=self._bus, inbox=inbox, peers=known, **ports, **self.who, **more)
 
     def _hello(self, link: Link) -> bool:
         """Introduce ourselves and all our subscriptions. False: not connected yet."""
@@ -385,7 +379,9 @@ class Peering:
         body, origin = command.body, self._guests.get(identity)
         if origin is None and isinstance(body, commands.Request) and self.joined(body.origin):
             origin = body.origin  # a lane
-        if isinstance(body, Hello) and not isinstance(body, Welcome):
+        if origin is not None and (serve := self.brief.get(type(body))) is not None:
+            serve(identity, origin, command)
+        elif isinstance(body, Hello) and not isinstance(body, Welcome):
             self._greeted(identity, command, body)
         elif origin is None:
             self.inbox.answer(identity, commands.Error("hello", "say HELLO first"), command.request)

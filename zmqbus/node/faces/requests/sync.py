@@ -59,7 +59,10 @@ def ask(
         raise engine.refusal
     check_timeout(timeout)
     check_type(value_type)
-    packed = pack(value, headers)
+    call = Call(service, *pack(value, headers), timeout)
+    outcome = engine.requests.lanes.ask(call)
+    if outcome is not None:
+        return value_of(outcome, value_type, service, engine.requests.responders)
     answered = Lock()
     answered.acquire()
     outcomes: list[Outcome] = []
@@ -68,10 +71,7 @@ def ask(
         outcomes.append(outcome)
         answered.release()
 
-    call = Call(service, *packed, timeout, on_end)
-    outcome = engine.requests.lanes.ask(call)
-    if outcome is not None:
-        return value_of(outcome, value_type, service, engine.requests.responders)
+    call.on_end = on_end
     engine.soon(engine.requests.asking.begin, call)
     try:
         left = timeout
@@ -261,7 +261,9 @@ class Inline(Responder):
             end(incoming, None)
             return
         try:
-            end(incoming, *success(self._function(Request(self._engine, incoming, self._type).value)))
+            who = self._engine.requests.responders.name(incoming.origin)
+            value = unpack(incoming.packed, self._type, self.service, incoming.origin, who)
+            end(incoming, *success(self._function(value)))
         except Exception as error:
             end(incoming, failure(error))
 

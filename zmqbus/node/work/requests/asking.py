@@ -41,7 +41,7 @@ Outcome = Answered | ZmqbusError
 
 
 class Call:
-    """One request of ours. `on_end` is called once, on the loop, unless it is given up before."""
+    """One request of ours. `on_end` is called once, on the loop, unless it is given up or goes by a lane."""
 
     __slots__ = (
         *("at", "chosen", "expires_at", "greeted", "has_ended", "headers", "link", "number"),
@@ -54,7 +54,7 @@ class Call:
         packed: bytes,
         headers: bytes,
         timeout: float | None,
-        on_end: Callable[[Outcome], None],
+        on_end: Callable[[Outcome], None] = lambda outcome: None,
         only: int | None = None,
     ) -> None:
         """`timeout`: seconds for which somebody waits. `only`: ask this node, and no other."""
