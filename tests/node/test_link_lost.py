@@ -66,7 +66,7 @@ def test_a_killed_peer_is_noticed_at_once(node: zmqbus.Node, peer: subprocess.Po
     os.kill(peer.pid, signal.SIGKILL)
     assert told.wait(10)
     assert lost[0][0] == origin
-    assert lost[0][1] - began < 1.0
+    assert lost[0][1] - began < 4.0
     assert [peer.origin for peer in node.peers()] == [origin], "so far it only fell silent"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -362,20 +363,21 @@ with zmqbus.Node("slow", bus={bus!r}) as node, node.subscribe("load") as subscri
         assert repaired > 0
 
 
-def lose_next(node: zmqbus.Node, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the wire swallow the next batches that the node sends on topic t."""
-    broadcast = node._engine.outlet.broadcast
-    send = broadcast._send_plain
-    left = frames
+@contextlib.contextmanager
+def losing(node: zmqbus.Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have the wire swallow all that the node publishes on topic t in the meantime."""
+    with monkeypatch.context() as patch:
+        node.flush(5)  # what was published before has gone
+        broadcast = node._engine.outlet.broadcast
+        send = broadcast._send_plain
 
-    def swallow(frame: bytes, flags: int) -> None:
-        nonlocal left
-        if frame.startswith(b"t\0\1\1") and left:
-            left -= 1
-        else:
-            send(frame, flags)
+        def swallow(frame: bytes, flags: int) -> None:
+            if not frame.startswith(b"t\0\1\1"):
+                send(frame, flags)
 
-    monkeypatch.setattr(broadcast, "_send_plain", swallow)
+        patch.setattr(broadcast, "_send_plain", swallow)
+        yield
+        node.flush(5)
 
 
 def test_what_the_wire_loses_is_repaired_in_order(
@@ -384,8 +386,10 @@ def test_what_the_wire_loses_is_repaired_in_order(
     a, b = pair
     subscription = b.subscribe("t")
     a.publish("t", 0)
-    lose_next(a, 3, monkeypatch)
-    for number in range(1, 6):
+    with losing(a, monkeypatch):
+        for number in range(1, 4):
+            a.publish("t", number)
+    for number in range(4, 6):
         a.publish("t", number)
     assert [message.value for message in drain(subscription, 6)] == list(range(6))
     assert (subscription.repaired, subscription.lost) == (3, 0)
@@ -396,8 +400,8 @@ def test_a_lost_last_message_is_noticed_too(
 ) -> None:
     a, b = pair
     subscription = b.subscribe("t")
-    lose_next(a, 1, monkeypatch)
-    a.publish("t", "last")
+    with losing(a, monkeypatch):
+        a.publish("t", "last")
     assert drain(subscription, 1)[0].value == "last"
     assert subscription.repaired == 1
 
@@ -410,9 +414,10 @@ def test_gaps_raise_when_asked_to(bus: str, monkeypatch: pytest.MonkeyPatch) -> 
         a.wait_for_subscribers("t", 1, 10)
         eventually(lambda: bool(subscription._intake.feed.attached))  # nothing could be repaired from no history
         a.publish("t", 1)
-        lose_next(a, 3, monkeypatch)
-        for number in range(2, 6):
-            a.publish("t", number)
+        with losing(a, monkeypatch):
+            for number in range(2, 5):
+                a.publish("t", number)
+        a.publish("t", 5)
         assert drain(subscription, 1)[0].value == 1
         with pytest.raises(zmqbus.GapError) as caught:
             subscription.get(5)

@@ -160,7 +160,7 @@ def test_a_full_outbox_says_so_and_goes_on_when_there_is_room(tmp_path: Path, bu
         problem: NotDurable | BufferFull | None = None
         while problem is None and accepted < 100:
             try:
-                publisher.publish("a", os.urandom(10_000), durable=True, timeout=1.0)
+                publisher.publish("a", os.urandom(10_000), durable=True, timeout=3.0)
                 accepted += 1
             except (NotDurable, BufferFull) as error:
                 problem = error

@@ -159,7 +159,7 @@ def test_two_forwarders_with_overlapping_claims(
     assert values(subscription, 1) == ["once"]
     assert subscription.get(1) is None
     subscription.commit(10)
-    assert [cursors(hosted) for hosted in two] == [{"name": 4001}, {"name": 4001}]
+    eventually(lambda: [cursors(hosted) for hosted in two] == [{"name": 4001}, {"name": 4001}])
 
 
 def test_a_forwarder_that_has_only_the_end_takes_nothing_away(bus: str, tmp_path: Path, reader: zmqbus.Node) -> None:

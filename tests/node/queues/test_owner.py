@@ -229,7 +229,7 @@ def test_a_job_that_dies_while_its_node_closes_remains(bus: str) -> None:
     with worker_of(node) as worker, ThreadPoolExecutor(1) as thread:
         worker.join("jobs.a", credit=2)
         first, second = worker.take(2)
-        closing = thread.submit(node.close, 1.0)
+        closing = thread.submit(node.close, 4.0)
         eventually(lambda: node._engine.refusal is not None)
         worker.fail(first, how="reject")
         worker.done(second)
