@@ -63,7 +63,7 @@ class FdWatch:
 
     `drain()` receives until `zmq.Again`, or until a budget of its own, and returns True when it stopped on its
     budget: it is then called again by `call_soon`, after other work had its turn. It must accept being called when
-    nothing is waiting. It may close the watch.
+    nothing is waiting. It may close the watch. See also `stirred`.
 
     An exception in `drain` goes to the loop's exception handler; the watch lives on and calls `drain` again.
     """
@@ -74,7 +74,7 @@ class FdWatch:
         self,
         loop: asyncio.AbstractEventLoop,
         socket: zmq.Socket[bytes],
-        drain: Callable[[], bool],
+        drain: Callable[[], bool | None],
         lock: Lock | None = None,
     ) -> None:
         """`lock`: of the socket, where other threads use it as well. Not held when `drain` is called."""
@@ -91,7 +91,7 @@ class FdWatch:
 
     def check(self) -> None:
         """Call after every send, connect or other use of the socket outside `drain`. About 3 µs."""
-        if self._again is None and not self._closed and self._stirred():
+        if self._again is None and not self._closed and self.stirred():
             self._again = self._loop.call_soon(self._run)
 
     def check_from_afar(self) -> None:
@@ -118,7 +118,7 @@ class FdWatch:
             self._run()
         else:
             # A drain is scheduled. The loop watches by level, so take the signal back, or it would spin until then.
-            self._stirred()
+            self.stirred()
 
     def _run(self) -> None:
         self._again = None
@@ -136,11 +136,12 @@ class FdWatch:
             return
         if more:
             self._again = self._loop.call_soon(self._run)
-        else:
+        elif more is not None:
             self.check()  # drain may have sent on the socket after its last recv
 
-    def _stirred(self) -> bool:
-        """Look: is there something to receive, or has the socket become writable since the last look?"""
+    def stirred(self) -> bool:
+        """Look: is there something to receive, or has the socket become writable since the last look? A drain whose
+        last use of the socket this was, and that was told no, returns None: then nobody has to look again."""
         try:
             with self._lock:
                 events = int(self._socket.getsockopt(_EVENTS))

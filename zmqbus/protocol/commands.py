@@ -437,7 +437,11 @@ def decode_command(frame: bytes | memoryview) -> Command:
         raise RemoteProtocolError(f"command: a body of {size:,} bytes; the limit is {BODY_BYTES_MAX:,}")
     view = memoryview(frame)
     begin = ENVELOPE.size + SIZE.size * number
-    sizes = [length for (length,) in SIZE.iter_unpack(view[ENVELOPE.size : begin])] if begin <= len(view) else []
+    sizes: Sequence[int] = ()
+    if number == 1 and begin <= len(view):  # nearly always, if there are any
+        sizes = SIZE.unpack_from(view, ENVELOPE.size)
+    elif number and begin <= len(view):
+        sizes = [length for (length,) in SIZE.iter_unpack(view[ENVELOPE.size : begin])]
     if begin + size + sum(sizes) != len(view):
         raise RemoteProtocolError(f"command: a frame of {len(view):,} bytes is not as long as it says")
     at = begin + size

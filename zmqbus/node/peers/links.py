@@ -19,7 +19,6 @@ from zmqbus.net.sockets import (
     EVENTS,
     LINGER,
     NOBLOCK,
-    POLLIN,
     POLLOUT,
     SNDMORE,
     Again,
@@ -28,6 +27,7 @@ from zmqbus.net.sockets import (
     SocketFactory,
     parse_monitor,
     plain_recv,
+    plain_recv_from,
     plain_send,
 )
 from zmqbus.protocol.commands import Body, Command, Error, UnknownCommand, decode_command, encode_command
@@ -223,18 +223,16 @@ class Link:
         entry[0](command)
         return True
 
-    def _drain(self) -> bool:
+    def _drain(self) -> bool | None:
         if self._hello is not None:  # the socket stirs when it is connected, too
             hello, self._hello = self._hello, None
             if not hello(self):
                 self._hello = hello
         for turn in range(DRAIN_MAX):
+            if turn and not self._watch.stirred():  # half of what it costs to have `recv` raise
+                return None
             try:
                 with self._lock:
-                    if (
-                        turn and not int(self._socket.get(EVENTS)) & POLLIN
-                    ):  # half of what it costs to have `recv` raise
-                        return False
                     frames = self._take()
             except Again:
                 return False
@@ -302,7 +300,7 @@ class Inbox:
         self._home = get_ident()
         self._on_command = on_command
         self._on_garbage = on_garbage
-        self._put, self._take = putter(socket), plain_recv(socket)
+        self._put, self._take = putter(socket), plain_recv_from(socket)
         self._draining = False
         self._watch = FdWatch(loop, socket, self._drain, self._lock)
 
@@ -320,7 +318,7 @@ class Inbox:
                 raise
             return False
         finally:
-            if not self._draining:  # that looks again
+            if not self._draining:  # which looks when it is done with a command
                 _check(self._watch, self._home)
         return True
 
@@ -330,32 +328,32 @@ class Inbox:
         with self._lock:
             self._socket.close(linger_ms)
 
-    def _drain(self) -> bool:
-        self._draining = True
-        try:
-            return self._take_in()
-        finally:
-            self._draining = False
+    def _drain(self) -> bool | None:
+        for _ in range(DRAIN_MAX):
+            self._draining = True
+            try:
+                if not self._take_in():
+                    return False
+            finally:
+                self._draining = False
+            if not self._watch.stirred():
+                return None
+        return True
 
     def _take_in(self) -> bool:
-        for turn in range(DRAIN_MAX):
-            try:
-                with self._lock:
-                    if turn and not int(self._socket.get(EVENTS)) & POLLIN:
-                        return False
-                    whose, *frames = self._take()
-            except Again:
-                return False
-            identity = bytes(whose)
-            try:
-                command = decode_frames(frames)
-            except UnknownCommand as error:
-                self.answer(identity, Error("unknown", str(error)), error.request)
-                continue
-            except RemoteProtocolError as error:
-                self._on_garbage(error)
-                self.answer(identity, Error("protocol", str(error)), 0)
-                continue
+        try:
+            with self._lock:
+                identity, frames = self._take()
+        except Again:
+            return False
+        try:
+            command = decode_frames(frames)
+        except UnknownCommand as error:
+            self.answer(identity, Error("unknown", str(error)), error.request)
+        except RemoteProtocolError as error:
+            self._on_garbage(error)
+            self.answer(identity, Error("protocol", str(error)), 0)
+        else:
             self._on_command(identity, command)
         return True
 
