@@ -86,13 +86,13 @@ class FdWatch:
         self._writable = False  # when EVENTS was last read
         self._again: asyncio.Handle | None = None  # the drain that is already scheduled, if any
         self._fd = int(socket.getsockopt(zmq.FD))
-        loop.add_reader(self._fd, self._ready)
+        loop.add_reader(self._fd, self._run)
         self.check()  # the signal of what arrived before us may have been taken already
 
     def check(self) -> None:
         """Call after every send, connect or other use of the socket outside `drain`. About 3 µs."""
         if self._again is None and not self._closed and self.stirred():
-            self._again = self._loop.call_soon(self._run)
+            self._again = self._loop.call_soon(self._run_again)
 
     def check_from_afar(self) -> None:
         """The same after a use by another thread, which does not hold the lock any more."""
@@ -112,16 +112,16 @@ class FdWatch:
             self._again.cancel()
             self._again = None
 
-    def _ready(self) -> None:
-        """The FD stirred."""
-        if self._again is None:
-            self._run()
-        else:
-            # A drain is scheduled. The loop watches by level, so take the signal back, or it would spin until then.
-            self.stirred()
+    def _run_again(self) -> None:
+        self._again = None
+        self._run()
 
     def _run(self) -> None:
-        self._again = None
+        """The FD stirred, or it is time to look again."""
+        if self._again is not None:
+            # A drain is scheduled. The loop watches by level, so take the signal back, or it would spin until then.
+            self.stirred()
+            return
         if self._closed:
             return
         try:
@@ -130,12 +130,12 @@ class FdWatch:
             self._report("drain failed", error)
             if not self._closed:
                 # Not check(): what made it raise may still be waiting, and must not take the whole loop.
-                self._again = self._loop.call_later(RETRY_S, self._run)
+                self._again = self._loop.call_later(RETRY_S, self._run_again)
             return
         if self._closed:
             return
         if more:
-            self._again = self._loop.call_soon(self._run)
+            self._again = self._loop.call_soon(self._run_again)
         elif more is not None:
             self.check()  # drain may have sent on the socket after its last recv
 

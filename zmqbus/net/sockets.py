@@ -389,8 +389,6 @@ def plain_recv(socket: Socket, flags: int = NOBLOCK) -> Callable[[], list[memory
 
     def frames() -> list[memoryview]:
         frame = recv(flags, False)
-        if not frame.more:
-            return [frame.buffer]
         taken = [frame.buffer]
         while frame.more:
             frame = recv(NOBLOCK, False)
@@ -402,9 +400,18 @@ def plain_recv(socket: Socket, flags: int = NOBLOCK) -> Callable[[], list[memory
 
 def plain_recv_from(socket: Socket) -> Callable[[], tuple[bytes, list[memoryview]]]:
     """The same for a ROUTER, without waiting: who it is from, and the frames."""
-    identity: Callable[[int], bytes] = super(zmq.Socket, socket).recv
-    frames = plain_recv(socket)
-    return lambda: (identity(NOBLOCK), frames())
+    recv: Callable[..., Any] = super(zmq.Socket, socket).recv
+
+    def frames() -> tuple[bytes, list[memoryview]]:
+        identity = recv(NOBLOCK)
+        frame = recv(NOBLOCK, False)
+        taken = [frame.buffer]
+        while frame.more:
+            frame = recv(NOBLOCK, False)
+            taken.append(frame.buffer)
+        return identity, taken
+
+    return frames
 
 
 # --- reading endpoints: they come from users and, by HELLO and mDNS, from peers ----------------

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from struct import Struct
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -393,7 +393,7 @@ _DECODERS = {code: msgspec.msgpack.Decoder(body) for code, body in BODIES.items(
 _encoder = msgspec.msgpack.Encoder()
 
 
-class Command(NamedTuple):
+class Command(msgspec.Struct, gc=False):
     """A decoded command."""
 
     request: int

@@ -237,7 +237,7 @@ class Link:
             except Again:
                 return False
             try:
-                command = decode_frames(frames)
+                command = decode_command(frames[0]) if len(frames) == 1 else decode_frames(frames)
             except RemoteProtocolError as error:
                 self._on_garbage(error)
                 continue
@@ -347,7 +347,7 @@ class Inbox:
         except Again:
             return False
         try:
-            command = decode_frames(frames)
+            command = decode_command(frames[0]) if len(frames) == 1 else decode_frames(frames)
         except UnknownCommand as error:
             self.answer(identity, Error("unknown", str(error)), error.request)
         except RemoteProtocolError as error:
