@@ -314,6 +314,7 @@ class Queues:
 
     def _settle(self, joined: Joined, settled: commands.Settled) -> None:
         """Tell a worker when what it said is on disk, and so are the letters of what it gave up."""
+        self._outcome()
         funeral = self._funeral
 
         def tell() -> None:

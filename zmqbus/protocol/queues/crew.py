@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from typing import NamedTuple
 
 from zmqbus.protocol.queues.waiting import Waiting
 from zmqbus.protocol.queues.work import Delivery, Line, Team
@@ -39,12 +38,8 @@ class Member:
         self.turn = 0
 
 
-class Choice(NamedTuple):
-    """Who is to have something of which line, and whether a last attempt."""
-
-    member: Member
-    line: Waiting
-    last: bool
+Choice = tuple[Member, Waiting, bool]
+"""Who is to have something of which line, and whether a last attempt."""
 
 
 class Crew:
@@ -85,8 +80,10 @@ class Crew:
         else:
             self.remove(member)
 
-    def used(self, member: Member) -> None:
-        """It was given something: its next turn comes behind all others'."""
+    def used(self, member: Member, line: Waiting) -> None:
+        """It was given something of that line: its next turn comes behind all others'."""
+        if not (line.retries or line.fresh):
+            self.ready.pop(line, None)
         member.turn = next(self._turns)
         self._free.move_to_end(member)
         self._idle.pop(member, None)
@@ -106,11 +103,11 @@ class Crew:
             self._drained = None
 
     def turn(self) -> int | None:
-        """That of the member whose turn is next, if any is able."""
+        """That of the member whose turn is next, if any is able, and there may be something for it."""
         if self._drained is not None and not self._has_last():
             drained, self._drained = self._drained, None
             self.place(drained)
-        return next(iter(self._free)).turn if self._free else None
+        return next(iter(self._free)).turn if self._free and (self.ready or self.last) else None
 
     def choose(self) -> Choice | None:
         """Who is next, and for what: None if there is no work or no hands.
@@ -118,11 +115,11 @@ class Crew:
         A last attempt waits for a member with nothing in hand. Lest it wait for ever while all are busy, one of them,
         not more, is given nothing new until it is such a member.
         """
-        if self._has_last():
+        if self.last and self._has_last():
             if self._idle:
                 line = next(iter(self.last))
                 self.last.move_to_end(line)
-                return Choice(next(iter(self._idle)), line, True)
+                return next(iter(self._idle)), line, True
             if self._drained is None and self._free:
                 self._drained = next(iter(self._free))
                 self.remove(self._drained)
@@ -130,7 +127,7 @@ class Crew:
             line = next(iter(self.ready))
             if line.has_more():
                 self.ready.move_to_end(line)
-                return Choice(next(iter(self._free)), line, False)
+                return next(iter(self._free)), line, False
             del self.ready[line]
         return None
 

@@ -126,7 +126,7 @@ class Dispatcher:
 
     def add(self, work: Work, now: float, due: Mapping[int, float] = AT_ONCE) -> None:
         """Take in a work: all of it that is not done. By index, `due` says before when a message must not go out."""
-        line = self._line(work.line)
+        line = self._lines.get(work.line) or self._line(work.line)
         todo = ones(work.batch.count) & ~work.done
         if not todo:
             self.finished.append(work)
@@ -363,7 +363,7 @@ class Dispatcher:
         first = work.batch.first + start
         number = next(self._numbers)
         deadline = now + member.lease
-        bits = ones(count) << start
+        bits = (1 << count) - 1 << start
         delivery = Delivery(work, bits, attempt, member.worker, number, first, first + count - 1, deadline)
         work.touched = True
         line.waiting -= count
@@ -374,7 +374,7 @@ class Dispatcher:
         member.hand += count
         member.sent += count
         member.alone = last
-        member.crew.used(member)
+        member.crew.used(member, line)
         self._leases.at(deadline)[number] = delivery
         return delivery
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
-from typing import NamedTuple
 
 from zmqbus.protocol.queues.letters import DEAD_PREFIX
 from zmqbus.protocol.queues.work import Line, Run, Work, lowest_run, ones
@@ -17,13 +16,8 @@ from zmqbus.protocol.queues.work import Line, Run, Work, lowest_run, ones
 CHUNK = 128  # messages to a delivery; of 100 bytes, 13 KB: worth a message of its own, and soon done
 
 
-class Cut(NamedTuple):
-    """`size` messages from index `start` on, that leave a line: of `run`, or fresh if that is None."""
-
-    work: Work
-    start: int
-    size: int
-    run: Run | None
+Cut = tuple[Work, int, int, Run | None]
+"""A work, the index from which on, and the number of its messages that leave a line: of a run, or fresh without one."""
 
 
 class Waiting:
@@ -31,7 +25,7 @@ class Waiting:
 
     __slots__ = (
         *("dead", "delayed", "done", "in_flight", "lasts", "limited", "line", "redelivered", "retries", "waiting"),
-        *("works", "_fresh", "_quota", "_turns"),
+        *("works", "fresh", "_fresh", "_quota"),
     )
 
     def __init__(self, line: Line) -> None:
@@ -46,7 +40,8 @@ class Waiting:
         """The same for what is down to its last attempt, which is made alone."""
         self.waiting = self.in_flight = self.delayed = self.redelivered = self.done = self.dead = 0
         self._fresh: dict[int, deque[Work]] = {}  # by origin
-        self._turns: deque[int] = deque()  # the origins in it; the first is next
+        self.fresh: deque[int] = deque()
+        """The origins of which something waits that was not tried yet; the first is next."""
         self._quota = CHUNK  # what is left of its turn
 
     def add_fresh(self, work: Work) -> None:
@@ -55,7 +50,7 @@ class Waiting:
         works = self._fresh.get(origin)
         if works is None:
             works = self._fresh[origin] = deque()
-            self._turns.append(origin)
+            self.fresh.append(origin)
         works.append(work)
 
     def has_last(self) -> bool:
@@ -68,14 +63,14 @@ class Waiting:
         """Whether anything else waits."""
         while self.retries and not self.retries[0].todo:
             self.retries.popleft()
-        return bool(self.retries or self._turns)
+        return bool(self.retries or self.fresh)
 
     def cut_last(self) -> Cut:
         """Take one message, of those that `has_last` tells of."""
         run = self.lasts[0]
         start, _ = lowest_run(run.todo)
         run.todo ^= 1 << start
-        return Cut(run.work, start, 1, run)
+        return run.work, start, 1, run
 
     def cut(self, most: int) -> Cut:
         """Take at most so many messages that follow each other, of those that `has_more` tells of."""
@@ -83,21 +78,21 @@ class Waiting:
             run = self.retries[0]
             start, count = _shortened(run.todo, most)
             run.todo ^= ones(count) << start
-            return Cut(run.work, start, count, run)
-        works = self._fresh[self._turns[0]]
+            return run.work, start, count, run
+        works = self._fresh[self.fresh[0]]
         work = works[0]
-        start, count = _shortened(work.fresh, most)
+        start, count = (0, 1) if work.fresh == 1 else _shortened(work.fresh, most)
         work.fresh ^= ones(count) << start
         if not work.fresh:
             works.popleft()
         self._quota -= count
         if not works:
-            del self._fresh[self._turns.popleft()]
+            del self._fresh[self.fresh.popleft()]
             self._quota = CHUNK
         elif self._quota <= 0:
-            self._turns.rotate(-1)
+            self.fresh.rotate(-1)
             self._quota = CHUNK
-        return Cut(work, start, count, None)
+        return work, start, count, None
 
     def drop(self, origin: int, works: Collection[Work]) -> None:
         """Forget works of one origin, of which nothing is with a worker or delayed."""
@@ -110,7 +105,7 @@ class Waiting:
             self._fresh[origin] = kept = deque(work for work in self._fresh[origin] if work not in works)
             if not kept:
                 del self._fresh[origin]
-                self._turns.remove(origin)
+                self.fresh.remove(origin)
                 self._quota = CHUNK
         for work in works:
             self.waiting -= work.fresh.bit_count()

@@ -26,6 +26,7 @@ TAKE = 64  # deliveries in a row before other work has its turn
 JOB_BYTES = 1024 * 1024  # of batches in one JOB, unless the first is larger
 WORKERS_MAX = 4096
 GONE = "its worker is gone"
+SAID = (commands.Join, commands.Done, commands.Fail, commands.Extend, commands.Leave)  # by workers
 
 Worker = tuple[int, int]
 """Origin, and its number there."""
@@ -59,8 +60,9 @@ class Desk:
         self.gate = RLock()
         """Held by whoever is at the dispatcher, or at what depends on it."""
         self.workers: dict[Worker, Joined] = {}
-        self.settle: Callable[[Joined, commands.Settled], None] = self.say_settled
-        """To be replaced by who has to write it down first."""
+        self.settle: Callable[[Joined, commands.Settled], None] = self._settle
+        """Told what became of what a worker said. To be replaced by who has to write it down before the worker hears of
+        it: in place of `on_outcome`."""
         self._loop = loop
         self._answer = host.answer
         self._soon = host.soon
@@ -80,7 +82,7 @@ class Desk:
     def serve(self, identity: bytes, origin: int, command: Command) -> bool:
         """A command of a worker. False: it is none."""
         body = command.body
-        if not isinstance(body, commands.Join | commands.Done | commands.Fail | commands.Extend | commands.Leave):
+        if not isinstance(body, SAID):
             return False
         worker = (origin, body.id)
         with self.gate:
@@ -125,8 +127,11 @@ class Desk:
         if credit:
             self.dispatcher.grant(worker, credit)
         if jobs:
-            self._on_outcome()
             self.settle(joined, commands.Settled(worker[1], refused))
+
+    def _settle(self, joined: Joined, settled: commands.Settled) -> None:
+        self.say_settled(joined, settled)
+        self._on_outcome()
 
     def say_settled(self, joined: Joined, settled: commands.Settled) -> None:
         """Tell a worker."""
@@ -226,15 +231,17 @@ class Desk:
         parts: list[bytes] = []
         size = 0
         for at, delivery in enumerate(deliveries):
+            batch = delivery.work.batch
             try:
-                batch = cut_batch(delivery.work.batch, delivery.first, delivery.last)
+                if delivery.first != batch.first or delivery.last != batch.first + batch.count - 1:
+                    batch = cut_batch(batch, delivery.first, delivery.last)
             except RemoteProtocolError as error:  # whoever sent it: nobody can do it
                 self.dispatcher.unsent(delivery, now(), unfit=str(error))
                 self._soon(self._see_to_it)
             else:
                 going.append(delivery)
                 parts += batch.parts
-                size += batch.size
+                size += len(batch.parts[-1])
             if going and (size >= JOB_BYTES or at == len(deliveries) - 1):
                 if not self._send_job(worker, going, parts):
                     for unsent in (*going, *deliveries[at + 1 :]):

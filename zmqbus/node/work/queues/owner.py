@@ -28,9 +28,10 @@ from zmqbus.node.publishing.publisher import Publisher
 from zmqbus.node.work.queues.desk import Desk, team_of
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import Command, QueueFigures
-from zmqbus.protocol.frames import HEADER, QUEUED, Batch
+from zmqbus.protocol.frames import HEADER, HEADERS, QUEUED, Batch
+from zmqbus.protocol.queues.dispatcher import AT_ONCE
 from zmqbus.protocol.queues.letters import DEAD_PREFIX, DUE, due_of, letter
-from zmqbus.protocol.queues.work import Team, Work
+from zmqbus.protocol.queues.work import NO_ATTEMPTS, Team, Work
 from zmqbus.protocol.topics import Matcher
 
 JOBS_PER_BATCH = 128  # of a queue: what one worker is given at a time
@@ -144,7 +145,8 @@ class Owner:
             return
         if self._gate.acquire(blocking=False):
             try:
-                self.pump()
+                self._take_in()
+                self._desk.deliver()
             finally:
                 self._gate.release()
         else:
@@ -164,7 +166,7 @@ class Owner:
         while self._fresh:
             publisher, batch = self._fresh.popleft()
             if batch.flags & QUEUED:
-                self._push(self._queue(publisher), batch, time)
+                self._push(self._queues.get(publisher.topic) or self._queue(publisher), batch, time)
             else:
                 self._share(publisher, batch, time)
 
@@ -176,10 +178,10 @@ class Owner:
 
     def _push(self, queue: Queue, batch: Batch, time: float) -> None:
         if batch.first >= queue.end:  # else it was taken back from a forwarder that let go of it just now
-            work = Work(batch, (None, queue.publisher.topic), batch.first)
-            queue.end = batch.end
+            work = Work(batch, (None, queue.publisher.topic), batch.first, 0, NO_ATTEMPTS)
+            queue.end = batch.first + batch.count
             queue.works.append(work)
-            self._dispatcher.add(work, time, due_of(batch, time, time_ns()))
+            self._dispatcher.add(work, time, due_of(batch, time, time_ns()) if batch.flags & HEADERS else AT_ONCE)
 
     def _share(self, publisher: Publisher, batch: Batch, time: float) -> None:
         for team, group in self._groups.items():
@@ -200,7 +202,7 @@ class Owner:
 
     def serve(self, identity: bytes, origin: int, command: Command) -> bool:
         """A command of a worker. False: it is none."""
-        if isinstance(command.body, commands.Join):
+        if type(command.body) is commands.Join:
             self._host.guard(origin)
             self._welcome(team_of(command.body))
         return self._desk.serve(identity, origin, command)
