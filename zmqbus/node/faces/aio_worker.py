@@ -89,7 +89,7 @@ class AsyncWorker:
             await asyncio.sleep(0)
             self._rest_at = now() + SHIFT
         while True:
-            with hand.bell:
+            with hand.lock:
                 job = hand.take()
                 if job is None:
                     hand.rest()

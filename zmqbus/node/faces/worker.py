@@ -73,7 +73,7 @@ class Worker:
         hand = self._hand
         until = None if timeout is None else now() + timeout
         while True:
-            with hand.bell:
+            with hand.lock:
                 job = hand.take()
                 if job is not None:
                     return job

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import count, repeat
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -36,7 +36,7 @@ class Holder(Protocol):
         """It takes longer."""
 
 
-class Parcel(NamedTuple):
+class Parcel(msgspec.Struct, gc=False, eq=False):
     """A JOB, as it came."""
 
     tie: Tie
@@ -74,7 +74,7 @@ class Delivery:
         self.topic = topic
         self.origin = batch.origin
         self.first = batch.first
-        self.last = batch.end - 1
+        self.last = batch.first + batch.count - 1
         self.deadline = parcel.received + hand.patience
         self.acked: list[int] = []
         self.clean = True
@@ -161,6 +161,8 @@ class Loaded:
 
 def ranges_of(seqs: list[int]) -> list[tuple[int, int]]:
     """First and last of each run. Sorts them."""
+    if len(seqs) == 1:
+        return [(seqs[0], seqs[0])]
     if not seqs:
         return []
     seqs.sort()

@@ -2,7 +2,7 @@
 
 A job's way in: the engine's thread puts a JOB into `queue`, as it came; whoever consumes takes it out, one C call
 decodes a batch of it, and a slice of that becomes jobs, `items`, of which each consumer takes the next without a lock:
-an iterator that is all C hands out each of its items once. The lock of `bell` is held by whoever gets the next slice.
+an iterator that is all C hands out each of its items once. The lock is held by whoever gets the next slice.
 
 And out: what is acknowledged is one entry in a list of its delivery. The first entry sees to it that it is collected
 and said (`stir`): at once, if nothing waits here, and by who acknowledged it, if that was all there is; else by the
@@ -15,9 +15,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from math import inf
 from operator import length_hint
-from threading import Condition, Lock
+from threading import Condition, Lock, RLock
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import ref
 
 import msgspec
 
@@ -63,12 +63,12 @@ class Driver(Protocol):
 
 
 class Hand:
-    """Of one worker. Call with the lock of `bell` held, unless it says otherwise."""
+    """Of one worker. Call with the lock held, unless it says otherwise."""
 
     def __init__(
         self, lease: float, credit: int | None, value_type: Any, driver: Driver, wake: Callable[[], None] | None
     ) -> None:
-        """`wake`: to be called when there is something to take; None: consumers sleep on `bell`."""
+        """`wake`: to be called when there is something to take; None: consumers sleep here."""
         self.driver = driver
         self.window = Window(credit)
         self.patience = lease * PATIENCE
@@ -77,9 +77,9 @@ class Hand:
         self.closed: Exception | None = None
         """Why there is no more."""
         self.forked: Exception | None = None
-        self.bell = Condition()
+        self.lock = RLock()
         self.saying = Lock()
-        """Held by whoever is at what is said to owners, and what they answer. Taken before that of `bell`."""
+        """Held by whoever is at what is said to owners, and what they answer. Taken before the other."""
         self.queue: deque[Parcel] = deque()
         self.items: Iterator[Job] = iter(())
         """Without the lock: the rest of the slice that is being handed out."""
@@ -92,6 +92,7 @@ class Hand:
         """Whether somebody waits here for a job. Not so where `wake` is called: whoever passes that replaces this."""
         self._wake = wake
         self._decoder = ValueDecoder(value_type)
+        self._bell = Condition(self.lock)
         self._asleep = 0
         self._due = NOT
         self._source: Iterator[Any] = iter(())
@@ -100,7 +101,7 @@ class Hand:
         self._waiting = 0  # jobs that came, as far as they are counted, and are in no slice
         self._latest = -inf  # when the last of them came
         self._grown = False  # and not yet told
-        self._deliveries: WeakSet[Delivery] = WeakSet()
+        self._deliveries: set[ref[Delivery]] = set()  # those that somebody refers to
 
     # --- settling: without the lock, from any thread -----------------------------------------------
 
@@ -111,11 +112,12 @@ class Hand:
 
     def stir(self, delivery: Delivery) -> None:
         """A delivery has something to be said of it."""
-        self.check()
+        if self.forked is not None:
+            raise self.forked
         self.dirty.append(delivery)
         if self._due == NOW:
             return
-        if self.empty:
+        if not (self._waiting or self.queue or length_hint(self._source)):  # `empty`
             is_all = delivery.tie.received - delivery.tie.finished == 1  # else more may be acknowledged just now
             if not (is_all and self.driver.report_here(self)):
                 self.hasten()
@@ -151,14 +153,13 @@ class Hand:
         elif self._wake is not None:
             self._wake()
         elif self._asleep:
-            with self.bell:
-                self.bell.notify()
-                self._prepare()  # while that thread is on its way
-
-    def _prepare(self) -> None:
-        """Make the most of what comes next. A value of the user's own type is left to the user's own thread."""
-        if self._loaded is None and (self._batches or self._split()) and not self._decoder.is_typed:
-            self._loaded = self._load(*self._batches.popleft())
+            with self.lock:
+                # Make the most of it, but no more while that thread is on its way than what is done when it comes: else
+                # it has to be woken again. A value of the user's own type is left to it.
+                ready = self._loaded is None and (self._batches or self._split()) and not self._decoder.is_typed
+                self._bell.notify()
+                if ready:
+                    self._loaded = self._load(*self._batches.popleft())
 
     def collect(self) -> set[Tie]:
         """What there is to say goes to the ties, which are returned. By who holds `saying`."""
@@ -174,7 +175,7 @@ class Hand:
             if seqs:
                 ranges = ranges_of(seqs)
                 delivery.settled += ranges
-                delivery.tie.add((delivery, first, last) for first, last in ranges)
+                delivery.tie.add([(delivery, first, last) for first, last in ranges])
                 touched.add(delivery.tie)
         while self.failures:
             tie, fail, job = self.failures.popleft()
@@ -211,7 +212,7 @@ class Hand:
 
     def lose(self, tie: Tie) -> None:
         """An owner is gone: what came from it and was not begun is no more."""
-        with self.bell:
+        with self.lock:
             tie.gone = True
             if self._loaded is not None and self._loaded.delivery.tie is tie:
                 list(self.items)  # somebody may be drawing from it
@@ -224,7 +225,7 @@ class Hand:
 
     def expire(self) -> float | None:
         """Give back what waited too long. Returns when to look again; None: when something has come."""
-        with self.bell:
+        with self.lock:
             time = now()
             while (deadline := self._next_deadline()) is not None and deadline <= time:
                 self.stuck = True
@@ -236,14 +237,14 @@ class Hand:
 
     def stop(self, reason: Exception) -> None:
         """No more jobs: what was not begun is given back."""
-        with self.bell:
+        with self.lock:
             self.closed = reason
             while self._give_back_slice() or self._batches or self._split():
                 while self._batches:
                     self._give_back(*self._batches.popleft())
             self.items = iter(())
             self.hasten()
-            self.bell.notify_all()
+            self._bell.notify_all()
         if self._wake is not None:
             self._wake()
 
@@ -254,20 +255,24 @@ class Hand:
 
     def fork(self, reason: Exception) -> None:
         """In a forked child: it is all the parent's."""
-        self.bell = Condition()  # the old one may be held by a thread that is not here
+        self.lock = RLock()  # the old one may be held by a thread that is not here
+        self._bell = Condition(self.lock)
         self.items = iter(())
         self.queue.clear()
         self._batches.clear()
         self._loaded = None
         self.closed = self.forked = reason
-        for delivery in list(self._deliveries):
+        for delivery in self._in_use():
             delivery.tie.gone = delivery.clean = True
 
     def give_up(self, reason: str) -> None:
         """What is still in hand when the worker ends."""
-        for delivery in list(self._deliveries):
+        for delivery in self._in_use():
             for first, last in delivery.open if not delivery.tie.gone else ():
                 delivery.fail(first, last, "nack", -1, reason)
+
+    def _in_use(self) -> list[Delivery]:
+        return [delivery for known in list(self._deliveries) if (delivery := known()) is not None]
 
     # --- the consumer's side -----------------------------------------------------------------------
 
@@ -279,7 +284,7 @@ class Hand:
                     if self.empty:
                         self.dry(now())
                     else:
-                        self.bell.notify()
+                        self._bell.notify()
                 return job
             if self.closed is not None or not self._next_slice():
                 return None
@@ -308,7 +313,7 @@ class Hand:
         try:
             self.rest()
             if not self.queue and self.closed is None:
-                self.bell.wait(timeout)
+                self._bell.wait(timeout)
         finally:
             self._asleep -= 1
 
@@ -390,7 +395,7 @@ class Hand:
                     raise RemoteProtocolError(f"JOB: {len(parcel.deliveries)} deliveries of {len(batches)} batches")
                 for (number, attempt), batch in zip(parcel.deliveries, batches, strict=True):
                     delivery = Delivery(self, parcel, number, attempt, batch, batch.topic.decode())
-                    self._deliveries.add(delivery)
+                    self._deliveries.add(ref(delivery, self._deliveries.discard))
                     self._batches.append((delivery, batch))
                     self._waiting += batch.count
                     parcel.tie.received += batch.count
@@ -400,7 +405,7 @@ class Hand:
                 continue
             self._latest = parcel.received
             if batches:
-                self.window.weigh(sum(map(len, parcel.parts)), sum(batch.count for batch in batches))
+                self.window.weigh(sum(map(len, parcel.parts)), sum([batch.count for batch in batches]))
                 return True
         return False
 

@@ -110,7 +110,7 @@ class Tie:
             for part in _parts(jobs):
                 bodies.append(commands.Fail(self.number, part, *fail))
                 self._unsettled.append((part, []))
-        for done in _parts(self.done):
+        for done in _parts(self.done) if self.done else ():
             jobs = [(origin.number, first, last) for origin, first, last in done]
             bodies.append(commands.Done(self.number, jobs))
             self._unsettled.append((jobs, done))
@@ -160,4 +160,6 @@ class Tie:
 
 def _parts(entries: list[T]) -> Iterable[list[T]]:
     """What fits into one command each."""
+    if len(entries) <= DELIVERIES_MAX:
+        return (entries,)
     return (entries[at : at + DELIVERIES_MAX] for at in range(0, len(entries), DELIVERIES_MAX))

@@ -296,7 +296,7 @@ class Workers:
     def report(self, hand: Hand) -> None:
         """Say what is done and what is not, and how much more may be sent."""
         with hand.saying:
-            is_said = self._say(hand, lambda tie: tie.speak())
+            is_said = self._say(hand)
         if not is_said and (pull := self._pulls.get(hand)) is not None and pull.timer is None:
             pull.timer = self._loop.call_later(STUMBLE, self._report_late, pull)
         self._host.peering.registry.changed()
@@ -310,25 +310,28 @@ class Workers:
         try:
             if hand.closed is not None:
                 return False
-            is_said = self._say(hand, lambda tie: tie.wire is not self._within and tie.speak())
+            is_said = self._say(hand, here=True)
         finally:
             hand.saying.release()
         if not is_said:
             self.soon(self.report, hand)
         return True
 
-    def _say(self, hand: Hand, speak: Callable[[Tie], bool]) -> bool:
-        """False: not to all."""
+    def _say(self, hand: Hand, here: bool = False) -> bool:
+        """False: not to all. `here`: not on the loop, and in haste: who may still send much is told later of more."""
         touched = hand.collect()
         for tie in touched:
             if tie.gone:
                 hand.lost += self._tell(hand, tie.abandon())
-        owners = hand.owners
-        is_said = True
+        owners, is_said = 0, True
         for tie in list(hand.ties.values()):
             if not tie.gone and (tie in touched or tie.received >= tie.granted or tie.is_behind):
-                tie.compose(hand.credit(tie, owners))
-                is_said &= not tie.is_behind or speak(tie)
+                if here and 2 * (tie.granted - tie.finished) > hand.window.size:
+                    tie.compose(0)
+                else:
+                    owners = owners or hand.owners
+                    tie.compose(hand.credit(tie, owners))
+                is_said &= not tie.is_behind or (not (here and tie.wire is self._within) and tie.speak())
         return is_said
 
     def extend(self, delivery: Delivery, seconds: float) -> None:
