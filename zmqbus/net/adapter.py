@@ -22,7 +22,6 @@ too: afterwards they call `check_from_afar()`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Coroutine
 from threading import Lock
 from typing import Any, TypeVar
@@ -96,11 +95,13 @@ class FdWatch:
 
     def check_from_afar(self) -> None:
         """The same after a use by another thread, which does not hold the lock any more."""
-        with contextlib.suppress(zmq.ZMQError, RuntimeError):  # it, or the loop, has been closed
+        try:
             with self._lock:
                 stirred = int(self._socket.getsockopt(_EVENTS)) & _POLLIN
             if stirred:
                 self._loop.call_soon_threadsafe(self.check)
+        except (zmq.ZMQError, RuntimeError):  # it, or the loop, has been closed
+            pass
 
     def close(self) -> None:
         """Stop watching. May be called twice. The socket is the caller's to close, after this."""

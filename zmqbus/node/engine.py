@@ -174,7 +174,7 @@ class Engine:
             self._outbox,
         )
         self.refusal = None
-        self.peering.brief[commands.Request] = self.requests.answering.serve
+        self.peering.brief[commands.Request] = self.requests.answering.requested
         if self._extension is None:
             self.peering.brief[commands.Done] = self.jobs.serve
         self.peering.start(self._inbox)

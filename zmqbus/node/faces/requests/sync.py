@@ -58,7 +58,8 @@ def ask(
     if engine.refusal is not None:
         raise engine.refusal
     check_timeout(timeout)
-    check_type(value_type)
+    if value_type is not None:
+        check_type(value_type)
     call = Call(service, *pack(value, headers), timeout)
     outcome = engine.requests.lanes.ask(call)
     if outcome is not None:
@@ -98,12 +99,13 @@ class Request:
         """
         self.service = incoming.service
         self.origin = incoming.origin
-        self.requester = engine.requests.responders.name(incoming.origin)
+        responders = engine.requests.responders
+        self.requester = responders.name(incoming.origin)
         """The name of the node that asks; `origin` is its number."""
         self.headers: dict[str, Any] | None = None
         if incoming.headers:
-            self.headers = unpack(incoming.headers, dict[str, Any], self.service, self.origin, self.requester)
-        self.value = unpack(incoming.packed, value_type, self.service, self.origin, self.requester)
+            self.headers = unpack(incoming.headers, dict[str, Any], self.service, self.origin, responders)
+        self.value = unpack(incoming.packed, value_type, self.service, self.origin, responders)
         self._engine = engine
         self._incoming = incoming
 
@@ -129,7 +131,7 @@ def end(engine: Engine, incoming: Incoming, body: Body | None, parts: tuple[byte
     if not incoming.claim():
         return False
     if body is not None:
-        incoming.send(body, parts)
+        incoming.answer(body, parts)
     engine.soon(engine.requests.answering.ended, incoming, body is not None)
     return True
 
@@ -256,13 +258,13 @@ class Inline(Responder):
         self._type = value_type
 
     def take(self, incoming: Incoming) -> None:
-        end = self._engine.requests.answering.end
+        requests = self._engine.requests
+        end = requests.answering.end
         if incoming.is_late:
             end(incoming, None)
             return
         try:
-            who = self._engine.requests.responders.name(incoming.origin)
-            value = unpack(incoming.packed, self._type, self.service, incoming.origin, who)
+            value = unpack(incoming.packed, self._type, self.service, incoming.origin, requests.responders)
             end(incoming, *success(self._function(value)))
         except Exception as error:
             end(incoming, failure(error))

@@ -32,6 +32,7 @@ class Reply(msgspec.Struct, frozen=True):
 
 _decoder = lru_cache(maxsize=64)(decoder_of)
 _plain = _decoder(None)
+_SUCCESS = commands.Reply()
 
 
 def pack(value: object, headers: dict[str, Any] | None) -> tuple[bytes, bytes]:
@@ -48,8 +49,8 @@ def pack(value: object, headers: dict[str, Any] | None) -> tuple[bytes, bytes]:
     return packed
 
 
-def unpack(packed: bytes, value_type: Any, service: str, origin: int, who: str) -> Any:
-    """A value that came.
+def unpack(packed: bytes, value_type: Any, service: str, origin: int, responders: Responders) -> Any:
+    """A value that came from a node, whose name `responders` knows.
 
     Raises:
         ReplyMismatch: it is not of that type.
@@ -58,16 +59,18 @@ def unpack(packed: bytes, value_type: Any, service: str, origin: int, who: str) 
     try:
         return (_plain if value_type is None else _decoder(value_type)).decode(packed)
     except msgspec.ValidationError as error:
-        raise ReplyMismatch(service, origin, who, str(error)) from None
+        raise ReplyMismatch(service, origin, responders.name(origin), str(error)) from None
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise RemoteProtocolError(f"{who}: what it sent for {service!r} is no msgpack: {error}") from None
+        raise RemoteProtocolError(
+            f"{responders.name(origin)}: what it sent for {service!r} is no msgpack: {error}"
+        ) from None
 
 
 def value_of(outcome: Outcome, value_type: Any, service: str, responders: Responders) -> Any:
     """The answer to a request; raises what stands in its place."""
     if isinstance(outcome, Exception):
         raise outcome
-    return unpack(outcome.packed, value_type, service, outcome.origin, responders.name(outcome.origin))
+    return unpack(outcome.packed, value_type, service, outcome.origin, responders)
 
 
 def replies(outcomes: list[tuple[int, Outcome]], value_type: Any, service: str, responders: Responders) -> list[Reply]:
@@ -92,7 +95,7 @@ def success(value: object) -> tuple[commands.Reply, tuple[bytes, ...]]:
     packed = encode_value(value)
     if len(packed) > MESSAGE_BYTES_MAX:
         raise MessageTooLarge(len(packed), MESSAGE_BYTES_MAX)
-    return commands.Reply(), (packed,)
+    return _SUCCESS, (packed,)
 
 
 def failure(error: BaseException | str) -> commands.Reply:
@@ -114,7 +117,7 @@ def _sendable(text: str) -> str:
 
 def check_timeout(timeout: float | None) -> None:
     """Raises SetupError for what is not a number of seconds above 0, or None."""
-    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
         raise SetupError(f"timeout={timeout!r}: use a number of seconds above 0, or None for no limit")
 
 

@@ -35,7 +35,7 @@ STOPPED = commands.Reply("ResponderClosed", "the responder stopped before it had
 class Incoming:
     """A request that somebody waits for. Any thread may end it; the first does."""
 
-    __slots__ = ("_answer", "_token", "expires_at", "headers", "origin", "packed", "responder", "service")
+    __slots__ = ("_token", "answer", "expires_at", "headers", "origin", "packed", "responder", "service")
 
     def __init__(
         self,
@@ -46,14 +46,14 @@ class Incoming:
         expires_at: float | None,
         answer: Callable[[Body, tuple[bytes, ...]], None],
     ) -> None:
-        """`answer`: sends the answer, from any thread."""
+        """`answer`: sends the answer, from any thread. To be called by who has claimed this."""
         self.service = service
         self.packed = packed
         self.headers = headers
         self.origin = origin
         self.expires_at = expires_at
         self.responder: Responder | None = None
-        self._answer = answer
+        self.answer = answer
         self._token = [None]
 
     @property
@@ -68,10 +68,6 @@ class Incoming:
         except IndexError:
             return False
         return True
-
-    def send(self, body: Body, parts: tuple[bytes, ...]) -> None:
-        """By who has claimed it."""
-        self._answer(body, parts)
 
 
 class Responder(ABC):
@@ -176,7 +172,7 @@ class Answering:
             self._let_go(incoming)
             error = self.take(incoming)  # by another responder of this node
             if error is not None and incoming.claim():
-                incoming.send(error, ())
+                incoming.answer(error, ())
 
     async def leave(self, timeout: float) -> None:
         """Take no more, and wait for what has been begun with. What is not done then fails."""
@@ -234,30 +230,29 @@ class Answering:
 
     def serve(self, identity: bytes, origin: int, command: Command) -> bool:
         """A command came in. False: it is not one of ours."""
-        match command.body:
-            case commands.Request(service=service, timeout_ms=timeout_ms):
-                host, number = self._host, command.request
-                if not 1 <= len(command.batches) <= 2:
-                    host.answer(
-                        identity, Error("protocol", "REQUEST: neither a value, nor value and headers"), number, ()
-                    )
-                    return True
-                packed, headers = (*command.batches, b"")[:2]
-                expires_at = now() + timeout_ms / 1000 if timeout_ms else None
-
-                def answer(body: Body, parts: tuple[bytes, ...]) -> None:
-                    host.answer(identity, body, number, parts)
-
-                error = self.take(Incoming(service, packed, headers, origin, expires_at, answer))
-                if error is not None:
-                    host.answer(identity, error, number, ())
-            case commands.Serve(services=services):
-                if self._known.serves(origin, services):
-                    self._host.peering.registry.changed()
-                self._host.answer(identity, command.body, command.request, ())
-            case _:
-                return False
+        if not isinstance(command.body, commands.Serve):
+            return False
+        if self._known.serves(origin, command.body.services):
+            self._host.peering.registry.changed()
+        self._host.answer(identity, command.body, command.request, ())
         return True
+
+    def requested(self, identity: bytes, origin: int, command: Command) -> None:
+        """A REQUEST came in."""
+        body: commands.Request = command.body  # type: ignore[assignment]
+        say, number, parts = self._host.answer, command.request, command.batches
+        if not 1 <= len(parts) <= 2:
+            say(identity, Error("protocol", "REQUEST: neither a value, nor value and headers"), number, ())
+            return
+        expires_at = now() + body.timeout_ms / 1000 if body.timeout_ms else None
+
+        def answer(body: Body, parts: tuple[bytes, ...]) -> None:
+            say(identity, body, number, parts)
+
+        headers = parts[1] if len(parts) == 2 else b""
+        error = self.take(Incoming(body.service, parts[0], headers, origin, expires_at, answer))
+        if error is not None:
+            say(identity, error, number, ())
 
     def take(self, incoming: Incoming) -> Error | None:
         """Hand it to a responder. Otherwise, why not."""
@@ -280,7 +275,7 @@ class Answering:
         if not incoming.claim():
             return False
         if body is not None:
-            incoming.send(body, parts)
+            incoming.answer(body, parts)
         self.ended(incoming, body is not None)
         return True
 

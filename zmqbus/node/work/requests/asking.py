@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 from math import ceil
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from zmqbus.errors import (
     NoResponders,
@@ -30,7 +32,7 @@ from zmqbus.protocol.members.responders import Responders
 OPEN_MAX = 900  # requests that one responder has to answer: a link holds 1000 commands that are not on their way yet
 
 
-class Answered(NamedTuple):
+class Answered(msgspec.Struct, gc=False):
     """What a responder answered."""
 
     origin: int
@@ -94,10 +96,10 @@ class Call:
 
 def outcome_of(command: Command | None, service: str, origin: int, name: str) -> Outcome | commands.Error:
     """What an answer to REQUEST says; None: it is lost. An Error: it was surely not begun with."""
-    match None if command is None else command.body:
-        case None:
-            return ResponderLost(service, name)
-        case commands.Reply(error="") if command is not None and len(command.batches) == 1:
+    if command is None:
+        return ResponderLost(service, name)
+    match command.body:
+        case commands.Reply(error="") if len(command.batches) == 1:
             return Answered(origin, command.batches[0])
         case commands.Reply(error=error, text=text) if error:
             return RemoteError(error, text, name)

@@ -77,22 +77,21 @@ class Lane:
         Raises:
             RequestTimeout, NodeClosed: there was no answer; one may yet come, so that this is to be closed.
         """
-        take = self._await
+        is_new = (call.timeout or 0.0) > BRISK_MS / 1000
         while True:
-            events = int(self._get(EVENTS))
-            left = expires_at - now()
-            if events & POLLIN or (events & POLLOUT and take is self._await and left > BRISK_MS / 1000):
+            events = POLLIN if is_new else int(self._get(EVENTS))
+            if events & POLLIN:
                 try:
-                    command = decode_frames(take())
+                    command = decode_frames(self._await() if is_new else self._take())
                 except Again:
-                    take = self._take
+                    is_new = False
                     continue
                 except RemoteProtocolError as error:
                     return error
                 return outcome_of(command, call.service, self.origin, name)
             if not events & POLLOUT:
                 return outcome_of(None, call.service, self.origin, name)
-            if left <= 0:
+            if (left := expires_at - now()) <= 0:
                 raise RequestTimeout(call.service, call.timeout or 0.0)
             self._poll.poll(ceil(min(left, POLL_MAX) * 1000))
             if lanes.refusal is not None:
