@@ -48,6 +48,7 @@ from zmqbus.protocol.frames import VERSION
 
 ENVELOPE = Struct("<BBQII")
 SIZE = Struct("<I")
+WITH_ONE = Struct(ENVELOPE.format + "I")  # both: most commands that have parts have one
 BODY_BYTES_MAX = 1024 * 1024  # HEADS come in pieces well below this; nothing honest is larger
 HEADS_PER_COMMAND = 2000  # 2000 topics of at most 255 bytes and a u64 stay below BODY_BYTES_MAX
 PEERS_PER_HELLO = 256  # a newcomer needs a few to find the rest
@@ -412,6 +413,10 @@ class UnknownCommand(RemoteProtocolError):
 def encode_command(body: Body, request: int = 0, batches: Sequence[bytes] = ()) -> bytes:
     """The frame to send. `request` 0 means that no answer is expected."""
     packed = _encoder.encode(body)
+    if len(batches) == 1:
+        part = batches[0]
+        envelope = WITH_ONE.pack(_CODES[type(body)], VERSION, request, 1, len(packed), len(part))
+        return b"".join((envelope, packed, part))
     envelope = ENVELOPE.pack(_CODES[type(body)], VERSION, request, len(batches), len(packed))
     if not batches:
         return envelope + packed
@@ -425,8 +430,9 @@ def decode_command(frame: bytes | memoryview) -> Command:
         UnknownCommand: a command this version does not have.
         RemoteProtocolError: anything else that breaks the rules above.
     """
-    if len(frame) < ENVELOPE.size:
-        raise RemoteProtocolError(f"command: a frame of {len(frame)} bytes, too short for an envelope")
+    length = len(frame)
+    if length < ENVELOPE.size:
+        raise RemoteProtocolError(f"command: a frame of {length} bytes, too short for an envelope")
     code, version, request, number, size = ENVELOPE.unpack_from(frame)
     if version != VERSION and code not in (1, 2):  # HELLO and WELCOME negotiate, so they must be readable
         raise RemoteProtocolError(f"command: version {version}, this node speaks {VERSION}")
@@ -437,20 +443,23 @@ def decode_command(frame: bytes | memoryview) -> Command:
         raise RemoteProtocolError(f"command: a body of {size:,} bytes; the limit is {BODY_BYTES_MAX:,}")
     view = memoryview(frame)
     begin = ENVELOPE.size + SIZE.size * number
+    at = end = begin + size
     sizes: Sequence[int] = ()
-    if number == 1 and begin <= len(view):  # nearly always, if there are any
-        sizes = SIZE.unpack_from(view, ENVELOPE.size)
-    elif number and begin <= len(view):
-        sizes = [length for (length,) in SIZE.iter_unpack(view[ENVELOPE.size : begin])]
-    if begin + size + sum(sizes) != len(view):
-        raise RemoteProtocolError(f"command: a frame of {len(view):,} bytes is not as long as it says")
-    at = begin + size
+    if number and begin <= length:
+        if number == 1:
+            sizes = SIZE.unpack_from(view, ENVELOPE.size)
+            end += sizes[0]
+        else:
+            sizes = [size for (size,) in SIZE.iter_unpack(view[ENVELOPE.size : begin])]
+            end += sum(sizes)
+    if end != length:
+        raise RemoteProtocolError(f"command: a frame of {length:,} bytes is not as long as it says")
     try:
         body: Any = decoder.decode(view[begin:at])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise RemoteProtocolError(f"{BODIES[code].__name__.upper()}: {error}") from None
     batches = []
-    for length in sizes:
-        batches.append(bytes(view[at : at + length]))
-        at += length
+    for size in sizes:
+        batches.append(bytes(view[at : at + size]))
+        at += size
     return Command(request, body, batches)

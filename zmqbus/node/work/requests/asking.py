@@ -98,9 +98,9 @@ def outcome_of(command: Command | None, service: str, origin: int, name: str) ->
     """What an answer to REQUEST says; None: it is lost. An Error: it was surely not begun with."""
     if command is None:
         return ResponderLost(service, name)
+    if type(command.body) is commands.Reply and not command.body.error and len(command.batches) == 1:
+        return Answered(origin, command.batches[0])
     match command.body:
-        case commands.Reply(error="") if len(command.batches) == 1:
-            return Answered(origin, command.batches[0])
         case commands.Reply(error=error, text=text) if error:
             return RemoteError(error, text, name)
         case commands.Error() as refusal:

@@ -64,9 +64,10 @@ class Lane:
     def send(self, call: Call, me: int) -> bool:
         """False: it is not connected, or not yet."""
         self._number += 1
-        request = commands.Request(call.service, call.patience_ms, me)
+        patience_ms = int((call.timeout or 0.0) * 1000) + 1  # it begins now
+        parts = (call.packed, call.headers) if call.headers else (call.packed,)
         try:
-            self._put(encode_command(request, self._number, call.parts))
+            self._put(encode_command(commands.Request(call.service, patience_ms, me), self._number, parts))
         except Again:
             return False
         return True
