@@ -213,7 +213,6 @@ class ValueDecoder:
         self._raw = msgspec.msgpack.Decoder(list[msgspec.Raw])
         self._raw_both = msgspec.msgpack.Decoder(tuple[list[msgspec.Raw], list[dict[str, Any] | None]])
         self._typed = value_type is not None and value_type is not bytes
-        self.is_typed = value_type is not None
 
     def decode(self, batch: Batch) -> tuple[list[Any], list[dict[str, Any] | None] | None]:
         """The values, and the headers if there are any.

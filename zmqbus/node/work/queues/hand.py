@@ -22,7 +22,7 @@ from weakref import ref
 import msgspec
 
 from zmqbus.errors import RemoteProtocolError
-from zmqbus.net.clock import now
+from zmqbus.net.clock import give_way, now
 from zmqbus.node.events import Event, Warned
 from zmqbus.node.work.queues.delivery import Delivery, Loaded, Parcel, ranges_of
 from zmqbus.node.work.queues.job import REASON_MAX, Job
@@ -154,12 +154,8 @@ class Hand:
             self._wake()
         elif self._asleep:
             with self.lock:
-                # Make the most of it, but no more while that thread is on its way than what is done when it comes: else
-                # it has to be woken again. A value of the user's own type is left to it.
-                ready = self._loaded is None and (self._batches or self._split()) and not self._decoder.is_typed
                 self._bell.notify()
-                if ready:
-                    self._loaded = self._load(*self._batches.popleft())
+            give_way()
 
     def collect(self) -> set[Tie]:
         """What there is to say goes to the ties, which are returned. By who holds `saying`."""
