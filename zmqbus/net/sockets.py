@@ -75,6 +75,7 @@ SUBSCRIPTIONS_WAITING_MAX = 65_536  # per subscriber, until our PUB is next used
 SOCKETS_MAX = 16_384  # per node: a DEALER for each peer, a SUB for each subscription; 'ulimit -n' comes first
 MONITOR_EVENTS_MAX = 10_000  # unread events a monitor holds before it freezes the context; about 3 MB
 BACKLOG = 512  # a whole LAN may boot, and dial us, at once; libzmq's 100 overflows
+BRIEF = 4096  # bytes of a frame below which a copy costs less than a view of it
 HANDSHAKE_MS = 3_000  # whoever has not finished by then is cut; libzmq's 30 s invites floods of idle connections
 CONNECT_TIMEOUT_MS = 2_000  # then try anew: the kernel's own two minutes are for wide-area links
 TCP_MAXRT_MS = 15_000  # survives a link that is away for 8 s; a host that is gone frees its pipe after this
@@ -383,13 +384,13 @@ def plain_send(socket: Socket) -> Callable[[bytes, int], object]:
     return send
 
 
-def plain_recv(socket: Socket, flags: int = NOBLOCK) -> Callable[[], list[memoryview]]:
+def plain_recv(socket: Socket, flags: int = NOBLOCK) -> Callable[[], list[bytes | memoryview]]:
     """`socket.recv_multipart(flags, copy=False)` in half the time, each frame as what it holds."""
     recv: Callable[[int, bool], Any] = super(zmq.Socket, socket).recv
 
-    def frames() -> list[memoryview]:
+    def frames() -> list[bytes | memoryview]:
         frame = recv(flags, False)
-        taken = [frame.buffer]
+        taken = [frame.bytes if len(frame) < BRIEF else frame.buffer]
         while frame.more:
             frame = recv(NOBLOCK, False)
             taken.append(frame.buffer)
@@ -398,14 +399,14 @@ def plain_recv(socket: Socket, flags: int = NOBLOCK) -> Callable[[], list[memory
     return frames
 
 
-def plain_recv_from(socket: Socket) -> Callable[[], tuple[bytes, list[memoryview]]]:
+def plain_recv_from(socket: Socket) -> Callable[[], tuple[bytes, list[bytes | memoryview]]]:
     """The same for a ROUTER, without waiting: who it is from, and the frames."""
     recv: Callable[..., Any] = super(zmq.Socket, socket).recv
 
-    def frames() -> tuple[bytes, list[memoryview]]:
+    def frames() -> tuple[bytes, list[bytes | memoryview]]:
         identity = recv(NOBLOCK)
         frame = recv(NOBLOCK, False)
-        taken = [frame.buffer]
+        taken = [frame.bytes if len(frame) < BRIEF else frame.buffer]
         while frame.more:
             frame = recv(NOBLOCK, False)
             taken.append(frame.buffer)

@@ -492,5 +492,6 @@ class Engine:
         elif isinstance(event, PeerLeft):
             self.workers.left(event.peer.origin)
             self.jobs.left_by(event.peer.origin)
+            self.requests.lanes.drop(event.peer.origin)
         if self._extension is not None:
             self._extension.heard(event)

@@ -441,25 +441,24 @@ def decode_command(frame: bytes | memoryview) -> Command:
         raise UnknownCommand(code, request)
     if size > BODY_BYTES_MAX:
         raise RemoteProtocolError(f"command: a body of {size:,} bytes; the limit is {BODY_BYTES_MAX:,}")
-    view = memoryview(frame)
     begin = ENVELOPE.size + SIZE.size * number
     at = end = begin + size
     sizes: Sequence[int] = ()
     if number and begin <= length:
         if number == 1:
-            sizes = SIZE.unpack_from(view, ENVELOPE.size)
+            sizes = SIZE.unpack_from(frame, ENVELOPE.size)
             end += sizes[0]
         else:
-            sizes = [size for (size,) in SIZE.iter_unpack(view[ENVELOPE.size : begin])]
+            sizes = [size for (size,) in SIZE.iter_unpack(frame[ENVELOPE.size : begin])]
             end += sum(sizes)
     if end != length:
         raise RemoteProtocolError(f"command: a frame of {length:,} bytes is not as long as it says")
     try:
-        body: Any = decoder.decode(view[begin:at])
+        body: Any = decoder.decode(frame[begin:at])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise RemoteProtocolError(f"{BODIES[code].__name__.upper()}: {error}") from None
     batches = []
     for size in sizes:
-        batches.append(bytes(view[at : at + size]))
+        batches.append(bytes(frame[at : at + size]))
         at += size
     return Command(request, body, batches)

@@ -381,7 +381,7 @@ def putter(socket: Socket) -> Callable[..., None]:
     return put
 
 
-def decode_frames(frames: Sequence[memoryview]) -> Command:
+def decode_frames(frames: Sequence[bytes | memoryview]) -> Command:
     """See `decode_command`."""
     if len(frames) != 1:
         raise RemoteProtocolError(f"command: {len(frames)} frames, not one")

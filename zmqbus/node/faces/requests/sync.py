@@ -60,10 +60,9 @@ def ask(
     check_timeout(timeout)
     if value_type is not None:
         check_type(value_type)
-    call = Call(service, *pack(value, headers), timeout)
-    outcome = engine.requests.lanes.ask(call)
-    if outcome is not None:
-        return value_of(outcome, value_type, service, engine.requests.responders)
+    call = engine.requests.lanes.ask(service, *pack(value, headers), timeout)
+    if not isinstance(call, Call):
+        return value_of(call, value_type, service, engine.requests.responders)
     answered = Lock()
     answered.acquire()
     outcomes: list[Outcome] = []

@@ -19,12 +19,12 @@ from math import ceil
 from threading import Lock
 from typing import Protocol
 
-from zmqbus.errors import RemoteProtocolError, RequestTimeout, ResponderLost, ZmqbusError
+from zmqbus.errors import RemoteError, RemoteProtocolError, RequestTimeout, ZmqbusError
 from zmqbus.net.clock import now
 from zmqbus.net.sockets import EVENTS, FD, POLLIN, POLLOUT, RCVTIMEO, Again, SocketFactory, plain_recv
 from zmqbus.node.peers.links import Link, decode_frames, putter
 from zmqbus.node.work.requests.answering import Peers
-from zmqbus.node.work.requests.asking import Call, Outcome, outcome_of
+from zmqbus.node.work.requests.asking import Answered, Call, Outcome, outcome_of
 from zmqbus.protocol import commands
 from zmqbus.protocol.commands import encode_command
 from zmqbus.protocol.members.responders import Responders
@@ -61,24 +61,24 @@ class Lane:
         self._poll.register(int(self._socket.get(FD)), select.POLLIN)
         self._poll.register(bell, select.POLLIN)
 
-    def send(self, call: Call, me: int) -> bool:
+    def send(self, service: str, parts: tuple[bytes, ...], timeout: float, me: int) -> bool:
         """False: it is not connected, or not yet."""
         self._number += 1
-        patience_ms = int((call.timeout or 0.0) * 1000) + 1  # it begins now
-        parts = (call.packed, call.headers) if call.headers else (call.packed,)
+        request = commands.Request(service, int(timeout * 1000) + 1, me)
         try:
-            self._put(encode_command(commands.Request(call.service, patience_ms, me), self._number, parts))
+            self._put(encode_command(request, self._number, parts))
         except Again:
             return False
         return True
 
-    def wait(self, call: Call, expires_at: float, name: str, lanes: Lanes) -> Outcome | commands.Error:
-        """What comes of what was sent. An Error: it was surely not begun with.
+    def wait(self, service: str, timeout: float, name: str, lanes: Lanes) -> Outcome | commands.Error:
+        """What comes of what was sent just now. An Error: it was surely not begun with.
 
         Raises:
             RequestTimeout, NodeClosed: there was no answer; one may yet come, so that this is to be closed.
         """
-        is_new = (call.timeout or 0.0) > BRISK_MS / 1000
+        expires_at = now() + timeout
+        is_new = timeout > BRISK_MS / 1000
         while True:
             events = POLLIN if is_new else int(self._get(EVENTS))
             if events & POLLIN:
@@ -89,11 +89,13 @@ class Lane:
                     continue
                 except RemoteProtocolError as error:
                     return error
-                return outcome_of(command, call.service, self.origin, name)
+                if command.request not in (self._number, 0):  # 0: it could not even be read
+                    return RemoteProtocolError(f"{name}: an answer to what it was not asked")
+                return outcome_of(command, service, self.origin, name)
             if not events & POLLOUT:
-                return outcome_of(None, call.service, self.origin, name)
+                return outcome_of(None, service, self.origin, name)
             if (left := expires_at - now()) <= 0:
-                raise RequestTimeout(call.service, call.timeout or 0.0)
+                raise RequestTimeout(service, timeout)
             self._poll.poll(ceil(min(left, POLL_MAX) * 1000))
             if lanes.refusal is not None:
                 raise lanes.refusal
@@ -117,45 +119,51 @@ class Lanes:
         self._responders = responders
         self._can_be_asked = can_be_asked
         self._lock = Lock()
-        self._idle: dict[int, list[Lane]] = {}  # by origin, for all that were asked before
+        self._idle: dict[int, list[Lane]] = {}  # by origin, for all that were asked before, and have not left since
         self._number: dict[int, int] = {}  # of all lanes there
         self._bell: tuple[int, int] | None = None
 
-    def ask(self, call: Call) -> Outcome | None:
-        """The outcome of a request; None: it has to go by the engine.
+    def ask(self, service: str, packed: bytes, headers: bytes, timeout: float | None) -> Outcome | Call:
+        """The outcome of a request; or the call that has to go by the engine.
 
         Raises:
             RequestTimeout: no answer came in time.
             NodeClosed: the node was closed meanwhile.
         """
-        if call.expires_at is None:
-            return None
+        if timeout is None:
+            return Call(service, packed, headers, None)
         responders = self._responders
-        origin = responders.choose(call.service, self._can_be_asked)
+        origin = responders.choose(service, self._is_there)
         if origin is None:
-            return None
+            return Call(service, packed, headers, timeout)
         lane = self._take(origin)
-        if lane is None or not lane.send(call, self._host.origin):
+        if lane is None or not lane.send(
+            service, (packed, headers) if headers else (packed,), timeout, self._host.origin
+        ):
             if lane is not None:
                 self._unused(lane)
+            call = Call(service, packed, headers, timeout)
             call.chosen = origin
-            return None
+            return call
+        began = now()
         name = responders.name(origin)
         outcome: Outcome | commands.Error | None = None
         try:
-            outcome = lane.wait(call, call.expires_at, name, self)
+            outcome = lane.wait(service, timeout, name, self)
         finally:
             self._put_back(lane, outcome)
             responders.ended(origin)
         if not isinstance(outcome, commands.Error):
             return outcome
+        call = Call(service, packed, headers, timeout)
+        call.expires_at = began + timeout
         if outcome.code != "hello":  # which is said over the link
             call.tried.add(origin)
             call.refused(outcome, name)
-        return None
+        return call
 
     def drop(self, origin: int) -> None:
-        """A peer is lost, or forgotten: what leads there is of no use."""
+        """A peer left, is lost, or forgotten: what leads there is of no use."""
         with self._lock:
             for lane in self._idle.pop(origin, ()):
                 self._close(lane)
@@ -177,6 +185,9 @@ class Lanes:
                 os.close(end)
             self._bell = None
 
+    def _is_there(self, origin: int) -> bool:
+        return origin in self._idle or self._can_be_asked(origin)
+
     def _take(self, origin: int) -> Lane | None:
         """A lane that is free and connected; if there is none, make one, for the next request."""
         link = self._host.peering.links.get(origin)
@@ -185,7 +196,8 @@ class Lanes:
                 return None
             idle = self._idle.get(origin)
             if idle is None:  # it may have been the only request
-                self._idle[origin] = []
+                if self._can_be_asked(origin):
+                    self._idle[origin] = []
                 return None
             while idle and idle[-1].link is not link:
                 self._close(idle.pop())
@@ -201,10 +213,10 @@ class Lanes:
 
     def _put_back(self, lane: Lane, outcome: Outcome | commands.Error | None) -> None:
         """For the next request. None: an answer may yet come, so that it is of no use any more."""
+        is_good = type(outcome) is Answered or isinstance(outcome, (RemoteError, commands.Error))
         with self._lock:
             self.in_use -= 1
             self.asked += 1
-            is_good = outcome is not None and not isinstance(outcome, ResponderLost)
             self._keep(lane, is_good)
 
     def _unused(self, lane: Lane) -> None:
