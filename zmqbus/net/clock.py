@@ -1,8 +1,8 @@
 """The one place that reads clocks. Durations come from the monotonic clock, timestamps from the wall clock.
 
-`give_way` lets a thread run that was woken just now. It needs the interpreter's lock, which whoever woke it holds: it
-would only come to wait for that, and have to be woken once more; and it may have been put on the same processor. Python
-alone would hand over to it when whoever woke it sleeps.
+`give_way` lets a thread run that was woken just now, before whoever woke it goes on. It may have been put on the same
+processor. And if it is one of Python's, it needs the interpreter's lock: it would only come to wait for that, and have
+to be woken once more. Measured at low rates: a job's way there and back takes 7 % less, a request's 10 %.
 """
 
 import os

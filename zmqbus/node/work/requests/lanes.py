@@ -20,7 +20,7 @@ from threading import Lock
 from typing import Protocol
 
 from zmqbus.errors import RemoteError, RemoteProtocolError, RequestTimeout, ZmqbusError
-from zmqbus.net.clock import now
+from zmqbus.net.clock import give_way, now
 from zmqbus.net.sockets import EVENTS, FD, POLLIN, POLLOUT, RCVTIMEO, Again, SocketFactory, plain_recv
 from zmqbus.node.peers.links import Link, decode_frames, putter
 from zmqbus.node.work.requests.answering import Peers
@@ -69,6 +69,7 @@ class Lane:
             self._put(encode_command(request, self._number, parts))
         except Again:
             return False
+        give_way()  # to libzmq's thread, which sends it
         return True
 
     def wait(self, service: str, timeout: float, name: str, lanes: Lanes) -> Outcome | commands.Error:
