@@ -32,7 +32,7 @@ from zmqbus.errors import TopicError
 from zmqbus.net import discovery, mdns
 from zmqbus.net.keys import BusKey
 from zmqbus.protocol import commands, frames
-from zmqbus.protocol.commands import BODIES, ENVELOPE, Body, decode_command, encode_command
+from zmqbus.protocol.commands import BODIES, ENVELOPE, Body, Command, decode_command, encode_command
 from zmqbus.protocol.frames import (
     ASKS,
     BALLAST,
@@ -223,7 +223,7 @@ def test_commands_on_the_page_are_what_is_sent(name: str) -> None:
     carried = CARRIED.get(name, [])
     (frame,) = VECTORS[name]
     assert frame == encode_command(body, request, carried)
-    assert decode_command(frame) == (request, body, carried)
+    assert decode_command(frame) == Command(request, body, carried)
 
 
 def test_the_log_on_the_page_is_cut_where_it_says() -> None:

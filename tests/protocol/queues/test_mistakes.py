@@ -64,7 +64,7 @@ def let_go_of_hands(original: Any, dispatcher: Dispatcher, worker: Any, *argumen
 
 
 def fresh_first(original: Any, line: Waiting, most: int) -> Any:
-    if not line.fresh:
+    if not line.turns:
         return original(line, most)
     retries, line.retries = line.retries, deque()
     cut = original(line, most)

@@ -82,7 +82,7 @@ class Crew:
 
     def used(self, member: Member, line: Waiting) -> None:
         """It was given something of that line: its next turn comes behind all others'."""
-        if not (line.retries or line.fresh):
+        if not (line.retries or line.turns):
             self.ready.pop(line, None)
         member.turn = next(self._turns)
         self._free.move_to_end(member)

@@ -25,7 +25,7 @@ class Waiting:
 
     __slots__ = (
         *("dead", "delayed", "done", "in_flight", "lasts", "limited", "line", "redelivered", "retries", "waiting"),
-        *("works", "fresh", "_fresh", "_quota"),
+        *("works", "turns", "_fresh", "_quota"),
     )
 
     def __init__(self, line: Line) -> None:
@@ -40,7 +40,7 @@ class Waiting:
         """The same for what is down to its last attempt, which is made alone."""
         self.waiting = self.in_flight = self.delayed = self.redelivered = self.done = self.dead = 0
         self._fresh: dict[int, deque[Work]] = {}  # by origin
-        self.fresh: deque[int] = deque()
+        self.turns: deque[int] = deque()
         """The origins of which something waits that was not tried yet; the first is next."""
         self._quota = CHUNK  # what is left of its turn
 
@@ -50,7 +50,7 @@ class Waiting:
         works = self._fresh.get(origin)
         if works is None:
             works = self._fresh[origin] = deque()
-            self.fresh.append(origin)
+            self.turns.append(origin)
         works.append(work)
 
     def has_last(self) -> bool:
@@ -63,7 +63,7 @@ class Waiting:
         """Whether anything else waits."""
         while self.retries and not self.retries[0].todo:
             self.retries.popleft()
-        return bool(self.retries or self.fresh)
+        return bool(self.retries or self.turns)
 
     def cut_last(self) -> Cut:
         """Take one message, of those that `has_last` tells of."""
@@ -79,7 +79,7 @@ class Waiting:
             start, count = _shortened(run.todo, most)
             run.todo ^= ones(count) << start
             return run.work, start, count, run
-        works = self._fresh[self.fresh[0]]
+        works = self._fresh[self.turns[0]]
         work = works[0]
         start, count = (0, 1) if work.fresh == 1 else _shortened(work.fresh, most)
         work.fresh ^= ones(count) << start
@@ -87,10 +87,10 @@ class Waiting:
             works.popleft()
         self._quota -= count
         if not works:
-            del self._fresh[self.fresh.popleft()]
+            del self._fresh[self.turns.popleft()]
             self._quota = CHUNK
         elif self._quota <= 0:
-            self.fresh.rotate(-1)
+            self.turns.rotate(-1)
             self._quota = CHUNK
         return work, start, count, None
 
@@ -105,7 +105,7 @@ class Waiting:
             self._fresh[origin] = kept = deque(work for work in self._fresh[origin] if work not in works)
             if not kept:
                 del self._fresh[origin]
-                self.fresh.remove(origin)
+                self.turns.remove(origin)
                 self._quota = CHUNK
         for work in works:
             self.waiting -= work.fresh.bit_count()

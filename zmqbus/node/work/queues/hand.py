@@ -78,6 +78,7 @@ class Hand:
         """Why there is no more."""
         self.forked: Exception | None = None
         self.lock = RLock()
+        """Of what came. Whoever sleeps, sleeps on its bell."""
         self.saying = Lock()
         """Held by whoever is at what is said to owners, and what they answer. Taken before the other."""
         self.queue: deque[Parcel] = deque()
