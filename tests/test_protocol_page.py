@@ -319,7 +319,7 @@ MODULES = {
     **dict.fromkeys(("history", "ring", "tracking"), "protocol.streams"),
     **dict.fromkeys(("membership", "peers"), "protocol.members"),
     "engine": "node",
-    **dict.fromkeys(("publisher", "outlet", "durability"), "node.publishing"),
+    **dict.fromkeys(("broadcast", "publisher", "outlet", "durability"), "node.publishing"),
     **dict.fromkeys(("committer", "fetching", "outbox"), "node.storing"),
     **dict.fromkeys(("peering", "registry", "serving"), "node.peers"),
     "answering": "node.work.requests",

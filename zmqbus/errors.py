@@ -226,10 +226,8 @@ class WaitTimeout(ZmqbusError, TimeoutError):
 class NoResponders(ZmqbusError):
     """Nobody that can be reached responds to this `service`. The request was not carried out."""
 
-    def __init__(self, service: str) -> None:
-        super().__init__(
-            f"nobody on the bus responds to {service!r} now; to wait until somebody does: node.wait_for_responders()"
-        )
+    def __init__(self, service: str, remedy: str = "node.wait_for_responders()") -> None:
+        super().__init__(f"nobody on the bus responds to {service!r} now; to wait until somebody does: {remedy}")
         self.service = service
 
 

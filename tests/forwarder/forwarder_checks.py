@@ -87,7 +87,7 @@ def unheard(node: Node) -> Iterator[None]:
     """What this node publishes meanwhile does not arrive."""
     broadcast = node._engine.outlet.broadcast
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(broadcast, "send", lambda parts: None)
+        patch.setattr(broadcast, "send", lambda parts, hurry: None)
         yield
 
 

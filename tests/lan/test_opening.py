@@ -72,7 +72,7 @@ def test_a_node_whose_handler_admits_everybody_does_not_open(
 
 
 @both_faces
-@pytest.mark.parametrize("role", ["inbox", "pub", "tap"])
+@pytest.mark.parametrize("role", ["inbox", "pub", "tap", "trail"])
 def test_each_of_its_sockets_is_tested(
     opening: Callable[..., None], role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +85,7 @@ def test_each_of_its_sockets_is_tested(
 
     monkeypatch.setattr(zap, "_verdict", lenient)
     refuses(opening, "a stranger without a key was let in")
-    assert sorted(tested) == sorted(2 * 3 * ["inbox", "pub", "tap"])
+    assert sorted(tested) == sorted(2 * 3 * ["inbox", "pub", "tap", "trail"])
 
 
 # --- warnings of the start -----------------------------------------------------------------------

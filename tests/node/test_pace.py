@@ -17,7 +17,7 @@ from zmqbus.node.publishing import publisher as publishing
 def test_at_a_low_rate_every_message_is_a_frame_and_waits_for_nothing(
     node: zmqbus.Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node._engine, "_tick_later", lambda: pytest.fail("nothing may wait for a tick"))
+    monkeypatch.setattr(node._engine.outlet, "_start_ticking", lambda: pytest.fail("nothing may wait for a tick"))
     subscription = node.subscribe("t")
     for number in range(20):
         node.publish("t", number)

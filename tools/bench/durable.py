@@ -23,7 +23,7 @@ from bench.pubsub import Contender
 from bench.results import Budget, Line, Table, percentile
 
 SIZE = 100
-COUNT = 1_000_000
+COUNT = 8_000_000  # with four publishers, each has its history full of them long before the end
 IN_FLIGHT = 2000  # durable publishes one after the other
 BATCH = 1000  # records to a sync, of the disk alone
 ROUNDS = 2000

@@ -66,7 +66,7 @@ class Ingest(Intake):
         journal: Journal,
         tail: Tail,
     ) -> None:
-        super().__init__(number, patterns, feed, driver, tracker)
+        super().__init__(number, patterns, feed, driver, tracker, source="trail")
         self.unknown: bytes | None = None
         """A topic that something was pushed on, and that is no queue yet. It is to be made one, or to be refused."""
         self._unknown: tuple[Stream, Batch] | None = None  # what was

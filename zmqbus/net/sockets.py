@@ -25,10 +25,10 @@ import re
 import secrets
 import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from ipaddress import IPv4Address
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import zmq
 
@@ -37,11 +37,14 @@ from zmqbus.net.keys import BusKey, CurvePair
 
 __all__ = [
     "FRAME_BYTES_MAX",
+    "SOURCES",
     "SUBSCRIPTION_BYTES_MAX",
     "ZAP_DOMAIN",
+    "Pubs",
     "Role",
     "Socket",
     "SocketFactory",
+    "Source",
     "parse_endpoint",
     "parse_monitor",
 ]
@@ -64,8 +67,13 @@ SNDHWM = int(zmq.SNDHWM)
 XPUB_NODROP = int(zmq.XPUB_NODROP)
 
 Socket: TypeAlias = "zmq.Socket[bytes]"
-Role = Literal["inbox", "pub", "tap"]
-"""The endpoints that a node binds: its ROUTER, its PUB, and a second PUB for those who only look on."""
+Source = Literal["pub", "tap", "trail"]
+"""What a SUB hears of a node: its PUB, the one for those who only look on, or the one for those who are in no hurry."""
+SOURCES: tuple[Source, ...] = get_args(Source)
+Pubs = Mapping[Source, str]
+"""The endpoint of each."""
+Role = Literal["inbox"] | Source
+"""The endpoints that a node binds: its ROUTER, the inbox, and its PUBs."""
 
 ZAP_DOMAIN = b"zmqbus"
 FRAME_BYTES_MAX = (64 << 20) + (64 << 10)  # the largest message, 64 MiB, and 64 KiB for what is wrapped around it

@@ -123,8 +123,8 @@ async def strangers_are_refused(factory: SocketFactory, key: BusKey, endpoints: 
     """Prove, by trying it over TCP, that our own bound `endpoints` admit members and nobody else.
 
     Three clients dial each, all at once: a stranger without any security, a stranger with a CURVE pair of its own who
-    knows our public server key, and a member. The roles say which of our sockets it is: "inbox" (ROUTER), or "pub"
-    and "tap" (PUB). Their ZAP handler must be running, on this loop if it is ours. Takes about 5 ms.
+    knows our public server key, and a member. The roles say which of our sockets it is: "inbox" (ROUTER), or "pub",
+    "tap" and "trail" (PUB). Their ZAP handler must be running, on this loop if it is ours. Takes about 5 ms.
 
     Raises AuthError when a stranger is let in, when the member is not, or when there is no verdict within 3 s; and
     SetupError when loopback is down, by which even a machine's other addresses reach itself.

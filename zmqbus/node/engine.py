@@ -26,7 +26,7 @@ from zmqbus.errors import (
     ZmqbusError,
 )
 from zmqbus.net.clock import now, time_ns
-from zmqbus.net.sockets import Role, Socket, SocketFactory, parse_endpoint
+from zmqbus.net.sockets import SOURCES, Role, Socket, SocketFactory, parse_endpoint
 from zmqbus.net.waker import Waker
 from zmqbus.net.zap import ZapHandler, strangers_are_refused
 from zmqbus.node import RELEASE
@@ -37,10 +37,11 @@ from zmqbus.node.peers.links import Inbox, Link
 from zmqbus.node.peers.peering import Peering
 from zmqbus.node.peers.serving import Counters, Extension, Service
 from zmqbus.node.peers.survey import survey
-from zmqbus.node.publishing.broadcast import Broadcast
+from zmqbus.node.publishing.broadcast import TRAIL_PERIOD, Broadcast
 from zmqbus.node.publishing.durability import unacked
 from zmqbus.node.publishing.outlet import STREAMS_MAX, Outlet
 from zmqbus.node.publishing.publisher import TICK
+from zmqbus.node.publishing.ticker import Ticker
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
 from zmqbus.node.receiving.repairs import fetch_all
@@ -126,17 +127,18 @@ class Engine:
         if config.key is not None:
             self._zap = ZapHandler(factory, config.key, self._loop)
         router = factory.router(frame_bytes_max=COMMAND_BYTES_MAX)
-        pub, tap = factory.pub(FRAMES_QUEUED), factory.pub(FRAMES_QUEUED, drops=True)
-        bound: dict[Role, Socket] = {"inbox": router, "pub": pub, "tap": tap}
-        ports = {role: parse_endpoint(factory.bind(socket, host))[1] for role, socket in bound.items()}
-        self._own_pubs = (
-            factory.bind_inproc(pub, f"pub-{self.origin:016x}"),
-            factory.bind_inproc(tap, f"tap-{self.origin:016x}"),
-        )
+        pubs = {source: factory.pub(FRAMES_QUEUED, drops=source == "tap") for source in SOURCES}
+        bound: list[tuple[Role, Socket]] = [("inbox", router), *pubs.items()]
+        ports = {role: parse_endpoint(factory.bind(socket, host))[1] for role, socket in bound}
+        self._own_pubs = {
+            source: factory.bind_inproc(pub, f"{source}-{self.origin:016x}") for source, pub in pubs.items()
+        }
         self._waker = Waker(factory, f"waker-{self.origin:016x}")
-        broadcast = Broadcast(pub, tap, self._start_ticking)
+        self._ticker = Ticker(self._loop, TICK, lambda: self.outlet.tick())
+        self._trail = Ticker(self._loop, TRAIL_PERIOD, lambda: self.outlet.tick_trail())
+        broadcast = Broadcast(pubs, self._ticker.start, self._trail.start)
         history = History(config.history_bytes, config.buffer_bytes)
-        self.outlet = Outlet(broadcast, self.origin, history, config.acks, self._start_ticking, self._in_turns)
+        self.outlet = Outlet(broadcast, self.origin, history, config.acks, self._ticker.start, self._in_turns)
         gives_out = config.outbox is None and self._extension is None
         self.jobs = Owner(self, self._loop, gives_out)
         self.requests = Exchange(self, self._loop, factory, config.name)
@@ -229,6 +231,8 @@ class Engine:
         if self._inbox is not None:
             self._inbox.close(LINGER_MS)
         if hasattr(self, "outlet"):
+            self._ticker.cancel()
+            self._trail.cancel()
             self.outlet.close(LINGER_MS)
         if self._outbox is not None:
             await self._outbox.close()
@@ -271,19 +275,6 @@ class Engine:
         self._timers["idle"] = self._loop.call_later(IDLE_PERIOD, self._announce_idle)
         self.outlet.announce_idle()
 
-    def _start_ticking(self) -> None:
-        """From any thread: a burst has begun, or there is a backlog."""
-        self.soon(self._tick_later)
-
-    def _tick_later(self) -> None:
-        if "tick" not in self._timers:
-            self._timers["tick"] = self._loop.call_later(TICK, self._tick)
-
-    def _tick(self) -> None:
-        del self._timers["tick"]
-        if not self.outlet.tick():
-            self._tick_later()
-
     # --- subscriptions ---------------------------------------------------------------------------
 
     async def attach(
@@ -314,7 +305,7 @@ class Engine:
         gate = Gate(wake) if wake is not None else self._gate(socket, number)
         intake = make(number, Feed(self._factory, self._loop, socket, gate, lambda: registry.attached(number)))
         self.intakes[intake.number] = intake
-        intake.feed.connect(self._own_pubs[intake.observes])
+        intake.feed.connect(self._own_pubs[intake.source])
         intake.heads(self.origin, self.heads(intake.patterns), more=False)
         self.peering.connect(intake)
         try:

@@ -80,6 +80,7 @@ class Subscribed(msgspec.Struct, omit_defaults=True):
     patterns: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)]
     observe: bool = False
     connected: bool = True
+    trail: bool = False
 
 
 class Hello(Body):
@@ -95,6 +96,7 @@ class Hello(Body):
     pid: U64
     release: Annotated[str, Meta(max_length=64)]  # of the software, for people to read
     tap_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # a second PUB, for subscriptions that only observe; 0: none
+    trail_port: Annotated[int, Meta(ge=0, le=65535)] = 0  # a third, for those that are in no hurry; 0: none
     version_min: U64 = 1  # not VERSION: what is absent means the same for ever
     version_max: U64 = 1
     role: Annotated[str, Meta(max_length=32)] = "node"
@@ -116,6 +118,7 @@ class Subscribe(Body):
     patterns: Annotated[list[Name], Meta(max_length=PATTERNS_MAX)]
     observe: bool = False  # only looks on: not counted, and not waited for
     connected: bool = True  # its SUB stands; False: it is said again when it does, and counts only then
+    trail: bool = False  # is in no hurry: its SUB is connected to the trail
 
 
 class Unsubscribe(Body):

@@ -93,7 +93,7 @@ def _await_responder(node: Node, watch: Watch, service: str, patience: float) ->
             watch.poll()
             if now() >= until:
                 watch.conclude()
-                raise NoResponders(service) from None
+                raise NoResponders(service, "--wait 30s") from None
 
 
 def _patiently(ask: Callable[[], T], watch: Watch) -> T:

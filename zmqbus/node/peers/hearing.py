@@ -1,6 +1,7 @@
 """Whom we hear: our SUBs' connections to the PUBs of peers, and their heartbeats. On the engine's loop.
 
-A peer has two: its PUB for subscribers, and its tap for those who only look on. Heartbeats come by the first.
+A peer has three: its PUB, its tap for those who only look on, and its trail for those in no hurry. Heartbeats come by
+the first.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import partial
 
 from zmqbus.errors import RemoteProtocolError
 from zmqbus.net.adapter import FdWatch
-from zmqbus.net.sockets import NOBLOCK, Again, SocketFactory
+from zmqbus.net.sockets import NOBLOCK, Again, Pubs, SocketFactory
 from zmqbus.node.peers.links import Link
 from zmqbus.node.receiving.feed import Feed, Gate
 from zmqbus.node.receiving.intake import Intake
@@ -35,7 +36,7 @@ class Hearing:
         self._intakes = intakes
         self._on_heartbeat = on_heartbeat
         self._on_garbage = on_garbage
-        self._pubs: dict[int, tuple[str, str]] = {}  # by origin: PUB and tap that our SUBs are connected to
+        self._pubs: dict[int, Pubs] = {}  # by origin: what our SUBs are connected to
         self._control = factory.sub(HEARTBEATS_MAX)
         self._control.subscribe(HEARTBEAT_PREFIX)
         self._watch = FdWatch(loop, self._control, self._drain)
@@ -44,26 +45,25 @@ class Hearing:
     def lead(self, intake: Intake) -> None:
         """Connect a new subscription to every publisher."""
         for pubs in self._pubs.values():
-            intake.feed.connect(pubs[intake.observes])
+            intake.feed.connect(pubs[intake.source])
 
     def attach(self, origin: int, link: Link) -> None:
         """Hear a peer."""
-        assert link.pub is not None
-        assert link.tap is not None
-        pubs = link.pub, link.tap
+        pubs = link.pubs
+        assert pubs is not None
         if self._pubs.get(origin) != pubs:
             self.detach(origin)
             self._pubs[origin] = pubs
-            self._heartbeats.connect(link.pub)
+            self._heartbeats.connect(pubs["pub"])
             for intake in self._intakes.values():
-                intake.feed.connect(pubs[intake.observes])
+                intake.feed.connect(pubs[intake.source])
 
     def detach(self, origin: int) -> None:
         """Hear a peer no longer."""
         pubs = self._pubs.pop(origin, None)
         if pubs is None or pubs in self._pubs.values():
             return
-        self._heartbeats.disconnect(pubs[0])
+        self._heartbeats.disconnect(pubs["pub"])
         for intake in self._intakes.values():  # to disconnect is to drop what is received and not read
             intake.when_drained(partial(self._disconnect, intake, pubs))
 
@@ -71,8 +71,8 @@ class Hearing:
         """A connection may be dead without a word: a SUB never sends, so that TCP has no cause to find it out."""
         for origin, pubs in self._pubs.items():
             if only in (None, origin):
-                self._heartbeats.disconnect(pubs[0])
-                self._heartbeats.connect(pubs[0])
+                self._heartbeats.disconnect(pubs["pub"])
+                self._heartbeats.connect(pubs["pub"])
                 for intake in self._intakes.values():
                     intake.when_drained(partial(self._reconnect, intake, origin, pubs))
 
@@ -81,14 +81,14 @@ class Hearing:
         self._watch.close()
         self._heartbeats.close()
 
-    def _disconnect(self, intake: Intake, pubs: tuple[str, str]) -> None:
+    def _disconnect(self, intake: Intake, pubs: Pubs) -> None:
         if pubs not in self._pubs.values():
-            intake.feed.disconnect(pubs[intake.observes])
+            intake.feed.disconnect(pubs[intake.source])
 
-    def _reconnect(self, intake: Intake, origin: int, pubs: tuple[str, str]) -> None:
+    def _reconnect(self, intake: Intake, origin: int, pubs: Pubs) -> None:
         if self._pubs.get(origin) == pubs:
-            intake.feed.disconnect(pubs[intake.observes])
-            intake.feed.connect(pubs[intake.observes])
+            intake.feed.disconnect(pubs[intake.source])
+            intake.feed.connect(pubs[intake.source])
 
     def _drain(self) -> bool:
         for _ in range(DRAIN_MAX):

@@ -22,6 +22,7 @@ from zmqbus.net.sockets import (
     POLLOUT,
     SNDMORE,
     Again,
+    Pubs,
     Refused,
     Socket,
     SocketFactory,
@@ -65,8 +66,7 @@ class Link:
         """
         self.endpoint = endpoint
         self.origin: int | None = None
-        self.pub: str | None = None  # the peer's PUB, once known,
-        self.tap: str | None = None  # and where those who only look on are to connect
+        self.pubs: Pubs | None = None  # of the peer, once known
         self.declared: set[int] = set()  # our subscriptions that this peer was told of
         self.services: list[str] = []  # of ours, likewise
         self.awaits_welcome = False  # it was sent a HELLO, and has not answered yet

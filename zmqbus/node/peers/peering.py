@@ -14,7 +14,7 @@ from zmqbus.errors import AuthError, RemoteProtocolError, SetupError
 from zmqbus.net.clock import now
 from zmqbus.net.discovery import Discovery, Found, Warnings, to_dial
 from zmqbus.net.interfaces import AddressWatch, NetworkNews
-from zmqbus.net.sockets import Role, SocketFactory, parse_endpoint
+from zmqbus.net.sockets import SOURCES, Role, SocketFactory, parse_endpoint
 from zmqbus.node.events import Event, KeyMismatch, Warned
 from zmqbus.node.peers.hearing import Hearing
 from zmqbus.node.peers.introduction import introduced
@@ -271,7 +271,7 @@ class Peering:
     def _introduction(self, kind: type[Hello], **more: Any) -> Hello:
         inbox = [f"tcp://{address}:{self._ports['inbox']}" for address in self._addresses.addresses[:64]]
         known = self._membership.known_endpoints(PEERS_PER_HELLO)
-        ports: dict[str, Any] = {"pub_port": self._ports["pub"], "tap_port": self._ports["tap"]}
+        ports: dict[str, Any] = {f"{source}_port": self._ports[source] for source in SOURCES}
         return kind(origin=self.origin, bus=self._bus, inbox=inbox, peers=known, **ports, **self.who, **more)
 
     def _hello(self, link: Link) -> bool:
@@ -297,10 +297,10 @@ class Peering:
             self._garbage(RemoteProtocolError(f"{link.endpoint}: {type(body).__name__} in answer to HELLO"))
             return
         host = parse_endpoint(link.endpoint)[0]
-        link.pub = f"tcp://{host}:{body.pub_port}"
-        link.tap = f"tcp://{host}:{body.tap_port}" if body.tap_port else link.pub
+        ports = {"pub": body.pub_port, "tap": body.tap_port, "trail": body.trail_port}
+        link.pubs = {source: f"tcp://{host}:{ports[source] or body.pub_port}" for source in SOURCES}
         endpoints = self._candidates(body) or [link.endpoint]  # what it says may not be reachable: it was dialled here
-        outputs = self._membership.welcomed(introduced(body, endpoints, link.pub), link.endpoint, now())
+        outputs = self._membership.welcomed(introduced(body, endpoints, link.pubs["pub"]), link.endpoint, now())
         taken = self._membership.state(body.origin) in (State.SEEN, State.JOINED)
         if taken and HangUp(link.endpoint) not in outputs:
             link.origin = body.origin

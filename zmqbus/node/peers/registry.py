@@ -14,6 +14,7 @@ from typing import Protocol
 
 from zmqbus.errors import NodeClosed, WaitTimeout
 from zmqbus.net.clock import now
+from zmqbus.net.sockets import Source
 from zmqbus.node.peers.links import Inbox, Link
 from zmqbus.node.publishing.outlet import Outlet
 from zmqbus.node.receiving.intake import Intake
@@ -59,12 +60,17 @@ class Registration:
 
     patterns: list[str]
     matches: Callable[[str], bool]
-    observes: bool
-    """It only looks on: it is neither counted nor waited for."""
+    source: Source
+    """What it hears of our PUBs."""
     connected: bool
     """Its SUB stands, so that what is published now comes to it without repair; only then it is counted."""
     heads: dict[bytes, int] | None
     """What it was owed from: our streams then. Kept for UNCONFIRMED, because the answer may have been lost."""
+
+    @property
+    def observes(self) -> bool:
+        """It only looks on: it is neither counted nor waited for."""
+        return self.source == "tap"
 
 
 class Interest:
@@ -150,9 +156,9 @@ class Registry:
 
     def declare(self, intake: Intake) -> None:
         """Have a new subscription registered everywhere."""
-        registration = Registration(intake.patterns, Matcher(intake.patterns).matches, intake.observes, True, None)
+        registration = Registration(intake.patterns, Matcher(intake.patterns).matches, intake.source, True, None)
         self._interests[self._origin].subscriptions[intake.number] = registration
-        self._look_for_observers()
+        self._look_for_uses()
         for link in self._links.values():
             self.subscribe(link, intake)
         self.changed()
@@ -179,7 +185,7 @@ class Registry:
             fresh = present - self._attached.get(number, set())
             self._attached[number] = present
             for link in self._links.values():
-                if (link.tap if intake.observes else link.pub) in fresh:
+                if (link.pubs or {}).get(intake.source) in fresh:
                     self.subscribe(link, intake)
         self.changed()
 
@@ -187,7 +193,7 @@ class Registry:
         """A subscription is closed."""
         self._attached.pop(number, None)
         self._interests[self._origin].subscriptions.pop(number, None)
-        self._look_for_observers()
+        self._look_for_uses()
         for origin, link in self._links.items():
             self._asked_at.pop((origin, number), None)
             link.declared.discard(number)
@@ -208,13 +214,12 @@ class Registry:
         """Ask one peer; also to hear from it what was missed."""
         assert link.origin is not None
         self._asked_at[link.origin, intake.number] = now()
-        body = commands.Subscribe(intake.number, intake.patterns, intake.observes, _connected(link, intake))
-        if link.send(body):
+        if link.send(commands.Subscribe(*_subscription(link, intake))):
             link.declared.add(intake.number)
 
     def wanted(self, link: Link) -> list[Subscribed]:
         """All our subscriptions, as a HELLO to that peer names them."""
-        return [Subscribed(i.number, i.patterns, i.observes, _connected(link, i)) for i in self._intakes.values()]
+        return [Subscribed(*_subscription(link, intake)) for intake in self._intakes.values()]
 
     def ask_again(self) -> None:
         """Called every ASK_AGAIN: repeat what a broken connection may have swallowed."""
@@ -260,7 +265,7 @@ class Registry:
         for subscribed in subscriptions:
             earlier = before.subscriptions.get(subscribed.id)
             self._register(identity, origin, request, subscribed, earlier)
-        self._look_for_observers()
+        self._look_for_uses()
 
     def on_command(self, identity: bytes, origin: int, command: Command) -> bool:
         """A command came in. False: it is not one of ours."""
@@ -277,7 +282,7 @@ class Registry:
             case commands.Unsubscribe(id=number):
                 if origin in self._interests:
                     self._interests[origin].subscriptions.pop(number, None)
-                    self._look_for_observers()
+                    self._look_for_uses()
             case commands.Heads() as body:
                 self.on_heads(origin, body)
             case commands.Bye():
@@ -290,7 +295,7 @@ class Registry:
         """A peer will not come back, or only anew."""
         self._interests.pop(origin, None)
         self._leaving.pop(origin, None)
-        self._look_for_observers()
+        self._look_for_uses()
 
     def _register(
         self,
@@ -302,8 +307,10 @@ class Registry:
     ) -> None:
         """From here on the subscription is owed all that fits, or from where an earlier request put it."""
         number, patterns = subscribed.id, subscribed.patterns
-        if subscribed.observe:
-            self._streams.outlet.broadcast.observed = True
+        source: Source = "tap" if subscribed.observe else "trail" if subscribed.trail else "pub"
+        broadcast = self._streams.outlet.broadcast
+        broadcast.observed |= source == "tap"
+        broadcast.trailed |= source == "trail"
         heads = self._streams.heads(patterns)
         if earlier is not None and earlier.heads is not None and earlier.patterns == patterns:
             earlier.connected = subscribed.connected
@@ -315,7 +322,7 @@ class Registry:
                     return
         else:
             matches = Matcher(patterns).matches
-            registration = Registration(patterns, matches, subscribed.observe, subscribed.connected, dict(heads))
+            registration = Registration(patterns, matches, source, subscribed.connected, dict(heads))
             self._interests[origin].subscriptions[number] = registration
             self._remind([])  # its SUB may just have been connected
             self._loop.call_later(UNCONFIRMED, setattr, registration, "heads", None)
@@ -323,11 +330,11 @@ class Registry:
             if not self.inbox.answer(identity, body, request):
                 return  # all or nothing: what lacks a piece would pass for complete. It is asked again
 
-    def _look_for_observers(self) -> None:
-        """Whether frames need be sent to the tap as well."""
-        self._streams.outlet.broadcast.observed = any(
-            own.observes for interest in self._interests.values() for own in interest.subscriptions.values()
-        )
+    def _look_for_uses(self) -> None:
+        """Which of our PUBs are to be used, beside the first."""
+        used = {own.source for interest in self._interests.values() for own in interest.subscriptions.values()}
+        broadcast = self._streams.outlet.broadcast
+        broadcast.observed, broadcast.trailed = "tap" in used, "trail" in used
 
     def _remind(self, topics: list[bytes]) -> None:
         """Send the HEADs of these streams of ours, for a subscriber whose SUB may just have been connected."""
@@ -399,9 +406,15 @@ class Registry:
         return [origin for origin, done in waiting.items() if not done.done() or not done.result()]
 
 
+def _subscription(link: Link, intake: Intake) -> tuple[int, list[str], bool, bool, bool]:
+    """As a HELLO or SUBSCRIBE to that peer names it."""
+    source = intake.source
+    return intake.number, intake.patterns, source == "tap", _connected(link, intake), source == "trail"
+
+
 def _connected(link: Link, intake: Intake) -> bool:
     """Whether a subscription's SUB is connected to that peer."""
-    return (link.tap if intake.observes else link.pub) in intake.feed.attached
+    return (link.pubs or {}).get(intake.source) in intake.feed.attached
 
 
 def _answered(done: asyncio.Future[bool], command: Command | None) -> None:

@@ -173,9 +173,15 @@ class Outlet:
             return False
 
     def push(self) -> bool:
-        """Try to send the backlog. Returns whether it is gone."""
+        """Try to send all that waits. Returns whether it is gone."""
         with self.lock:
+            self.broadcast.send_trail()
             return self.broadcast.push()
+
+    def tick_trail(self) -> bool:
+        """Every TRAIL_PERIOD while something is published. Returns whether that is over."""
+        with self.lock:
+            return self.broadcast.tick_trail()
 
     def heads(self, patterns: list[str]) -> list[tuple[bytes, int]]:
         """For HEADS: of each stream that fits, topic and the next seq to be sent."""
@@ -221,7 +227,7 @@ class Outlet:
             header = frames.encode_frame(
                 frames.HEARTBEAT_PREFIX, frames.HEARTBEAT, 0, 0, self.origin, number, time_ns()
             )
-            self.broadcast.send((header,))
+            self.broadcast.send_live((header,))
             for publisher in list(islice(self._quiet, HEADS_PER_HEARTBEAT)):
                 publisher.send_head()
                 self._quiet.move_to_end(publisher)

@@ -12,8 +12,7 @@ When a subscriber's queue is full, frames wait in the `Broadcast`'s backlog, and
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from itertools import count, islice
 from math import inf
 from threading import Lock
@@ -73,9 +72,12 @@ class Streams(Protocol):
     closed: bool
     history: History
     broadcast: Broadcast
-    backlog: deque[tuple[bytes, ...]]
     share: int
     outbox: Keeper | None
+
+    @property
+    def backlog(self) -> Sized:
+        """Frames that wait for full subscribers."""
 
     def expect(self, publisher: Publisher) -> None:
         """It gathers: to be flushed by the next tick, or at the end of this turn."""
@@ -247,7 +249,7 @@ class Publisher(Ring):
                 time = time_ns()
                 header = frames.HEADER.pack(frames.VERSION, frames.DATA, self.flags, 1, out.origin, seq, time)
                 parts = (self.prefix + header + encode_values((item,)),)
-                out.broadcast.send(parts)
+                out.broadcast.send(parts, not patient or self.flags > 0)
                 self._transmitted(parts, len(parts[0]), 1, time, True)
             else:
                 self._put(seq, item, size)
@@ -402,7 +404,7 @@ class Publisher(Ring):
         flags |= self.flags
         frame = self.prefix + frames.HEADER.pack(frames.VERSION, frames.DATA, flags, count, out.origin, first, time)
         parts = (frame, payload) if flags & frames.EXTERNAL else (frame + payload,)
-        out.broadcast.send(parts)
+        out.broadcast.send(parts, flags >= frames.QUEUED)
         self._transmitted(parts, len(frame) + len(payload), count, time)
 
     def _transmitted(self, parts: tuple[bytes, ...], size: int, count: int, time: int, at_once: bool = False) -> None:
@@ -419,7 +421,7 @@ class Publisher(Ring):
         if size >= BALLAST_BYTES:
             ballast = (frames.encode_frame(self.prefix, frames.BALLAST, 0, 0, out.origin, 0, time),)
             for _ in range(size // BALLAST_BYTES):
-                out.broadcast.send(ballast)
+                out.broadcast.send(ballast, False)
         if self._quiet:
             self._quiet = False
             out.woken(self)
@@ -435,7 +437,8 @@ class Publisher(Ring):
         return True
 
     def ask(self) -> None:
-        """Tell forwarders that somebody waits for an acknowledgement, if that is news to them. Under the lock."""
+        """Somebody waits for an acknowledgement: tell forwarders so, if that is news to them. Under the lock."""
+        self._out.broadcast.send_trail()
         time = now()
         if time >= self._asked_at + ASK_PERIOD:
             self._asked_at = time
@@ -445,4 +448,4 @@ class Publisher(Ring):
         """Say how far this stream has come, on its own topic, behind all that was sent. Under the lock."""
         out = self._out
         frame = frames.encode_frame(self.prefix, frames.HEAD, flags, 0, out.origin, self.following, time_ns())
-        out.broadcast.send((frame,))
+        out.broadcast.send((frame,), True)

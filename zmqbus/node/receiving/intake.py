@@ -21,7 +21,7 @@ import msgspec
 
 from zmqbus.errors import GapError, NodeClosed, RemoteProtocolError
 from zmqbus.net.clock import now
-from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVMORE, RCVTIMEO, Again
+from zmqbus.net.sockets import EVENTS, FD, NOBLOCK, RCVMORE, RCVTIMEO, Again, Source
 from zmqbus.net.waker import WAKE_PREFIX
 from zmqbus.node.receiving.decoding import Unpacker
 from zmqbus.node.receiving.feed import Feed, Gate
@@ -81,10 +81,11 @@ class Intake:
         *,
         value_type: Any = None,
         raise_gaps: bool = False,
-        observes: bool = False,
+        source: Source = "pub",
     ) -> None:
+        """`source`: which of their PUBs it is to be connected to."""
         self.number = number
-        self.observes = observes
+        self.source = source
         self.patterns = list(patterns)
         self.feed = feed
         feed.rescue = lambda parts: self.post(lambda: self._take_in(parts))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from zmqbus.errors import SetupError
+from zmqbus.net.sockets import Source
 from zmqbus.node.receiving.feed import Feed
 from zmqbus.node.receiving.intake import Driver, Intake
 from zmqbus.protocol.streams.tracking import Tracker
@@ -45,6 +46,7 @@ async def subscribe(
     def make(number: int, feed: Feed) -> Intake:
         tracker = Tracker(patterns, host.sources, history=history)
         raises = on_gap == "raise"
-        return Intake(number, patterns, feed, host, tracker, value_type=value_type, raise_gaps=raises, observes=observe)
+        source: Source = "tap" if observe else "pub"
+        return Intake(number, patterns, feed, host, tracker, value_type=value_type, raise_gaps=raises, source=source)
 
     return await host.attach(patterns, make, wake)
