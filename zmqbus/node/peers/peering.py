@@ -215,7 +215,7 @@ class Peering:
             self._timer.cancel()
         due = self._membership.next_timer()
         self._due = now() if due is None else due
-        self._timer = None if due is None else self._loop.call_later(max(0.0, due - now()), self._tick)
+        self._timer = None if due is None else self._loop.call_later(max(0.001, due - now()), self._tick)
 
     def _tick(self) -> None:
         late = self._timer is not None and now() - self._due > STALLED
