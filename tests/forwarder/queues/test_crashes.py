@@ -134,10 +134,12 @@ def lives(path: Path, bus: str, seed: int, kills: int) -> tuple[Account, Produce
 
             def is_done() -> bool:
                 worker.turn(nacks=False)
+                if worker.said:  # what is heard before what is asked for would be lost
+                    return False
                 raw.say(commands.Stats())
                 told = raw.hear(commands.Statistics)
                 left = sum(one.waiting + one.in_flight + one.delayed for one in told.queues if "$" not in one.topic)
-                return not left and not worker.said and not raw.jobs
+                return not left and not raw.jobs
 
             eventually(is_done, 60)
     everything = {(topic, seq) for topic, last in sent.items() for seq in range(1, last + 1)}
