@@ -30,6 +30,7 @@ class Reply(msgspec.Struct, frozen=True):
     """Why there is no value: RemoteError, ResponderBusy, ResponderLost, ReplyMismatch."""
 
 
+TIMEOUT_END = 1e15  # seconds: in ms it fits 64 bits
 _decoder = lru_cache(maxsize=64)(decoder_of)
 _plain = _decoder(None)
 _SUCCESS = commands.Reply()
@@ -116,8 +117,8 @@ def _sendable(text: str) -> str:
 
 
 def check_timeout(timeout: float | None) -> None:
-    """Raises SetupError for what is not a number of seconds above 0, or None."""
-    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+    """Raises SetupError for what is not a number of seconds above 0, or None. The wire has no infinity."""
+    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout < TIMEOUT_END):
         raise SetupError(f"timeout={timeout!r}: use a number of seconds above 0, or None for no limit")
 
 
